@@ -1,0 +1,1 @@
+"""Client configuration renderers; begins with the facts every snippet needs."""

@@ -1,0 +1,1 @@
+"""Budget solver: pure Python, knows nothing of models."""

@@ -1,0 +1,1 @@
+"""The optiq command line: composition root."""

@@ -1,0 +1,1 @@
+"""Score checkpoints against their reference on held-out text."""

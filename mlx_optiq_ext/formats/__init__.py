@@ -1,0 +1,1 @@
+"""Bytes on disk to types and back; no MLX."""

@@ -1,0 +1,1 @@
+"""Where models come from and go to: the Hugging Face Hub and local folders; no MLX."""

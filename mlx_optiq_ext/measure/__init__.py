@@ -1,0 +1,1 @@
+"""Calibration text, divergence, and the sensitivity estimate."""

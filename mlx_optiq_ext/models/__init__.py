@@ -1,0 +1,1 @@
+"""Module trees of mlx-lm: load, list units, run block by block."""

@@ -1,0 +1,1 @@
+"""Extensions of mlx-lm own commands: each named, guarded and reversible."""

@@ -1,0 +1,1 @@
+"""From a sensitivity table to a mixed-precision MLX checkpoint."""

@@ -1,0 +1,1 @@
+"""Plain data: frozen msgspec Structs, no MLX, no I/O."""

@@ -1,0 +1,25 @@
+"""Progress of long work, as plain values; drawn by the caller."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+
+__all__ = ["Progress", "ProgressSink", "ignore_progress"]
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """One step of a long job."""
+
+    stage: str
+    """Short verb phrase: ``measure``, ``correct``, ``write``."""
+    done: int
+    total: int
+    detail: str = ""
+
+
+ProgressSink: TypeAlias = Callable[[Progress], None]
+
+
+def ignore_progress(progress: Progress) -> None:
+    """Drop every event: the default sink."""
