@@ -85,14 +85,18 @@ class AllocateOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 0.0
 
 
-class ConvertOptions(MeasureOptions, AllocateOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Measure, allocate, convert and verify in one."""
+class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Measure, allocate, convert and verify in one; the command line flattens the two nested Structs."""
 
+    measure: MeasureOptions = MeasureOptions()
+    allocate: AllocateOptions = AllocateOptions()
     sensitivity: Annotated[str | None, _d("Use this sensitivity file instead of measuring.")] = None
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"], _d("Type of unquantized tensors, scales and biases.")
     ] = "auto"
-    verify: Annotated[bool, _d("Reload with stock mlx-lm in a fresh process and compare plan, config and bytes.")] = True
+    verify: Annotated[
+        bool, _d("Reload with stock mlx-lm in a fresh process and compare plan, config and bytes.")
+    ] = True
     score: Annotated[bool, _d("Measure the divergence on held-out text, against uniform at equal bits.")] = True
     upload_repo: Annotated[str | None, _d("Upload the result to this Hub repository.")] = None
     max_shard_gb: Annotated[float, msgspec.Meta(gt=0, description="Largest weight file in GB.")] = 5.0
