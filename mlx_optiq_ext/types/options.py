@@ -56,7 +56,9 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 2
     probes: Annotated[
         int,
-        msgspec.Meta(ge=0, description="Exact probes to spend where the estimate is uncertain (forward equivalents)."),
+        msgspec.Meta(
+            ge=0, description="Exact probes to spend where the estimate is uncertain (forward equivalents)."
+        ),
     ] = 24
     seed: Annotated[int, msgspec.Meta(ge=0, description="Seed of label sampling.")] = 0
     resume: Annotated[bool, _d("Continue a stopped measurement with the same settings.")] = True
@@ -66,22 +68,31 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class AllocateOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How bits are spent."""
 
-    target_bpw: Annotated[
-        float | None,
-        msgspec.Meta(gt=1.0, le=33.0, description="Ceiling in stored bits per weight, everything counted."),
+    target_bpw: (
+        Annotated[
+            float,
+            msgspec.Meta(
+                gt=1.0, le=33.0, description="Ceiling in stored bits per weight, everything counted."
+            ),
+        ]
+        | None
+    ) = None
+    target_size: Annotated[
+        str | None, _d("Ceiling of the checkpoint's weights: 4.5GB, 900MB (decimal), 4GiB.")
     ] = None
-    target_size: Annotated[str | None, _d("Ceiling of the checkpoint's weights: 4.5GB, 900MB (decimal), 4GiB.")] = None
     fit: Annotated[
         str | None, _d("Memory that weights, KV cache at --context and head room must fit into: 8GB.")
     ] = None
     context: Annotated[int, msgspec.Meta(ge=1, description="Context length for --fit, in tokens.")] = 8192
     pin: Annotated[tuple[str, ...], _d("PATTERN=CHOICE, repeatable: force a choice on matching paths.")] = ()
     protect: Annotated[
-        Literal["none", "edges"], _d("edges: the published rule (head, first and last block at the widest choice).")
+        Literal["none", "edges"],
+        _d("edges: the published rule (head, first and last block at the widest choice)."),
     ] = "none"
     solver: Annotated[Literal["exact", "greedy"], _d("Exact knapsack, or the greedy ascent.")] = "exact"
     speed_weight: Annotated[
-        float, msgspec.Meta(ge=0.0, description="Nats per token traded for one bit per weight less read per token.")
+        float,
+        msgspec.Meta(ge=0.0, description="Nats per token traded for one bit per weight less read per token."),
     ] = 0.0
 
 
@@ -92,12 +103,15 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     allocate: AllocateOptions = AllocateOptions()
     sensitivity: Annotated[str | None, _d("Use this sensitivity file instead of measuring.")] = None
     dtype: Annotated[
-        Literal["auto", "float16", "bfloat16", "float32"], _d("Type of unquantized tensors, scales and biases.")
+        Literal["auto", "float16", "bfloat16", "float32"],
+        _d("Type of unquantized tensors, scales and biases."),
     ] = "auto"
     verify: Annotated[
         bool, _d("Reload with stock mlx-lm in a fresh process and compare plan, config and bytes.")
     ] = True
-    score: Annotated[bool, _d("Measure the divergence on held-out text, against uniform at equal bits.")] = True
+    score: Annotated[bool, _d("Measure the divergence on held-out text, against uniform at equal bits.")] = (
+        True
+    )
     upload_repo: Annotated[str | None, _d("Upload the result to this Hub repository.")] = None
     max_shard_gb: Annotated[float, msgspec.Meta(gt=0, description="Largest weight file in GB.")] = 5.0
 
@@ -124,7 +138,9 @@ class ReportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class ImportGgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a GGUF file is turned into a Hugging Face folder."""
 
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], _d("Type of the written weights.")] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], _d("Type of the written weights.")] = (
+        "bfloat16"
+    )
 
 
 class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,189 @@
+"""Options Struct → argparse flags → options Struct; the one place where a flag gets its name.
+
+Knows argparse and msgspec, no command and no model. Called by the command line and by the extension of
+mlx-lm's own parser, so that both offer the same options under the same rules.
+"""
+
+import argparse
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import msgspec
+
+from mlx_optiq_ext.errors import UsageError
+
+__all__ = ["add_options", "flag_name", "given_options", "option_names", "options_from"]
+
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+class _Option(msgspec.Struct, frozen=True, kw_only=True):
+    """One field of a Struct, flattened."""
+
+    name: str
+    parents: tuple[str, ...]
+    """Names of the Struct fields it is nested in."""
+    annotation: Any
+    default: Any
+    description: str
+
+    @property
+    def kind(self) -> Any:
+        """The annotation without ``Annotated`` and ``| None``."""
+        return _plain(self.annotation)
+
+
+def add_options(
+    parser: argparse._ActionsContainer, struct_type: type[msgspec.Struct], *, prefix: str = ""
+) -> None:
+    """Add one flag per field of ``struct_type``; fields that are Structs are flattened.
+
+    A flag that is not given leaves no attribute in the namespace: the Struct keeps its default.
+
+    Args:
+        parser: A parser or an argument group.
+        struct_type: Every field needs a default and a ``msgspec.Meta`` description.
+        prefix: Put before every name: ``"optiq-"`` gives ``--optiq-target-bpw`` and ``optiq_target_bpw``.
+    """
+    for option in _options(struct_type):
+        parser.add_argument(
+            flag_name(option.name, prefix=prefix),
+            dest=_dest(option.name, prefix),
+            default=argparse.SUPPRESS,
+            help=_help(option, prefix),
+            **_argparse_keywords(option),
+        )
+
+
+def options_from(namespace: argparse.Namespace, struct_type: type[_S], *, prefix: str = "") -> _S:
+    """Build the Struct from what was given on the command line.
+
+    Args:
+        namespace: Result of a parser that :func:`add_options` filled; other attributes are ignored.
+        struct_type: The Struct given to :func:`add_options`.
+        prefix: The prefix given to :func:`add_options`.
+    Returns:
+        The options, bounds checked.
+    Raises:
+        UsageError: A value is out of bounds or of the wrong type; the message names the flag.
+    """
+    values: dict[str, Any] = {}
+    for option in _options(struct_type):
+        dest = _dest(option.name, prefix)
+        if not hasattr(namespace, dest):
+            continue
+        level = values
+        for parent in option.parents:
+            level = level.setdefault(parent, {})
+        level[option.name] = _checked(option, getattr(namespace, dest), prefix)
+    return msgspec.convert(values, struct_type)
+
+
+def given_options(
+    namespace: argparse.Namespace, struct_type: type[msgspec.Struct], *, prefix: str = ""
+) -> list[str]:
+    """Flags of ``struct_type`` that appear in ``namespace``, in declaration order."""
+    return [
+        flag_name(option.name, prefix=prefix)
+        for option in _options(struct_type)
+        if hasattr(namespace, _dest(option.name, prefix))
+    ]
+
+
+def option_names(struct_type: type[msgspec.Struct]) -> tuple[str, ...]:
+    """Field names after flattening, in declaration order."""
+    return tuple(option.name for option in _options(struct_type))
+
+
+def flag_name(name: str, *, prefix: str = "") -> str:
+    """The flag of a field: ``target_bpw`` → ``--target-bpw``."""
+    return f"--{prefix}{name.replace('_', '-')}"
+
+
+def _dest(name: str, prefix: str) -> str:
+    return f"{prefix.replace('-', '_')}{name}"
+
+
+def _options(struct_type: type[msgspec.Struct], parents: tuple[str, ...] = ()) -> Iterator[_Option]:
+    hints = typing.get_type_hints(struct_type, include_extras=True)
+    for field in msgspec.structs.fields(struct_type):
+        annotation = hints[field.name]
+        plain = _plain(annotation)
+        if isinstance(plain, type) and issubclass(plain, msgspec.Struct):
+            yield from _options(plain, (*parents, field.name))
+            continue
+        yield _Option(
+            name=field.name,
+            parents=parents,
+            annotation=annotation,
+            default=field.default,
+            description=_description(annotation),
+        )
+
+
+def _plain(annotation: Any) -> Any:
+    """Strip ``Annotated`` and ``| None``."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(annotation) if arg is not types.NoneType]
+        if len(inner) == 1:
+            return _plain(inner[0])
+    return annotation
+
+
+def _description(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Annotated:
+        for meta in typing.get_args(annotation)[1:]:
+            if isinstance(meta, msgspec.Meta) and meta.description:
+                return meta.description
+    # Bounds of an optional number stand inside of the union, and the description with them.
+    return next(filter(None, map(_description, typing.get_args(annotation))), "")
+
+
+def _help(option: _Option, prefix: str) -> str:
+    # Descriptions name other flags without the prefix.
+    text = option.description.replace("--", f"--{prefix}")
+    if isinstance(option.default, bool):
+        text += f" (default: {'yes' if option.default else 'no'})"
+    elif option.default not in (None, "", ()):
+        text += f" (default: {option.default})"
+    return text.replace("%", "%%")
+
+
+def _argparse_keywords(option: _Option) -> dict[str, Any]:
+    kind = option.kind
+    metavar = option.name.rpartition("_")[2].upper()
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": list(typing.get_args(kind))}
+    if typing.get_origin(kind) is tuple:
+        return {"action": "append", "metavar": metavar}
+    return {"type": _parser_of(option), "metavar": metavar}
+
+
+def _parser_of(option: _Option) -> Callable[[str], Any]:
+    """Read one value; argparse puts the flag's name before the message."""
+
+    def parse(text: str) -> Any:
+        try:
+            return _convert(option, text)
+        except msgspec.ValidationError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} will not do: {error}") from None
+
+    return parse
+
+
+def _checked(option: _Option, value: Any, prefix: str) -> Any:
+    try:
+        return _convert(option, value)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{flag_name(option.name, prefix=prefix)}: {value!r} will not do: {error}") from None
+
+
+def _convert(option: _Option, value: Any) -> Any:
+    """Check one value; text becomes a number where a number is asked for, and stays text elsewhere."""
+    return msgspec.convert(value, option.annotation, strict=option.kind not in (int, float))
