@@ -1,0 +1,206 @@
+"""Entry point of ``optiq``: find the command, run it, turn errors into exit codes.
+
+Knows the names of the commands and nothing of what they do; a command's module is imported only when the
+command is called, so ``optiq --help`` is instant and needs no MLX. Called by the console script and by
+``python -m mlx_optiq_ext``.
+"""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import msgspec
+
+from mlx_optiq_ext import __version__
+from mlx_optiq_ext.blas import preload_blas
+from mlx_optiq_ext.errors import OptiqError, UsageError
+
+__all__ = ["COMMANDS", "Command", "command_parser", "main", "summary"]
+
+_EXIT_UNEXPECTED = 1
+_EXIT_INTERRUPTED = 130
+_log = logging.getLogger(__name__)
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a command lives and what it needs from the entry point."""
+
+    name: str
+    needs_mlx: bool = False
+    """The fast BLAS is loaded before the command's module is imported."""
+    resumes: bool = False
+    """Running the same command again continues where it was stopped."""
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module with ``add_arguments`` and ``run``."""
+        return f"mlx_optiq_ext.cli.commands.{self.name.replace('-', '_')}"
+
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command(name="convert", needs_mlx=True, resumes=True),
+        Command(name="measure", needs_mlx=True, resumes=True),
+        Command(name="allocate"),
+        Command(name="score", needs_mlx=True),
+        Command(name="report"),
+        Command(name="import-gguf"),
+        Command(name="doctor", needs_mlx=True),
+    )
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that raises our error in place of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``optiq`` and return its exit code.
+
+    Args:
+        argv: Arguments without the program name; None takes them from ``sys.argv``.
+    Returns:
+        0 on success, else the ``exit_code`` of the error (see :mod:`mlx_optiq_ext.errors`), 1 for an
+        unexpected error, 130 after an interrupt.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(words[0]) if words else None
+    wants_json = "--json" in words
+    try:
+        if command is None:
+            return _top_level(words)
+        return _run(command, words[1:])
+    except OptiqError as error:
+        _report(error, error.exit_code, wants_json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        resumable = command is not None and command.resumes
+        hint = (
+            "run the same command again to go on from here" if resumable else "nothing was left half-written"
+        )
+        print(f"\noptiq: stopped; {hint}", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_UNEXPECTED
+    except Exception as error:  # noqa: BLE001 - the border where the unexpected is logged and reported
+        _log.debug("unexpected error", exc_info=True)
+        unexpected = RuntimeError(f"unexpected {type(error).__name__}: {error}; --debug shows the traceback")
+        _report(unexpected, _EXIT_UNEXPECTED, wants_json, kind=type(error).__name__)
+        return _EXIT_UNEXPECTED
+
+
+def _run(command: Command, words: Sequence[str]) -> int:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    if "--debug" in words:
+        logging.getLogger("mlx_optiq_ext").setLevel(logging.DEBUG)
+    if command.needs_mlx and not {"-h", "--help"}.intersection(words):
+        preload_blas()
+    parser, module = command_parser(command)
+    code = module.run(parser.parse_args(words))
+    sys.stdout.flush()
+    return int(code or 0)
+
+
+def command_parser(command: Command) -> tuple[argparse.ArgumentParser, ModuleType]:
+    """Import one command's module and build its parser.
+
+    Returns:
+        The parser, and the module whose ``run`` takes the parsed namespace.
+    Raises:
+        UsageError: The module is not part of this installation.
+    """
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        if error.name != command.module:
+            raise
+        raise UsageError(
+            f"`optiq {command.name}` is not part of this installation ({command.module})"
+        ) from None
+    parser = _Parser(
+        prog=f"optiq {command.name}",
+        description=(module.__doc__ or "").strip().split("\n\n")[0],
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="Print one JSON document on stdout.")
+    group.add_argument("--quiet", action="store_true", help="Draw no progress.")
+    group.add_argument("--debug", action="store_true", help="Show debug messages and tracebacks.")
+    return parser, module
+
+
+def summary(command: Command) -> str:
+    """First line of a command module's docstring, read without importing the module."""
+    spec = importlib.util.find_spec(command.module)
+    if spec is None or spec.origin is None:
+        return "(not part of this installation)"
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+    return (docstring or "").split("\n")[0].rstrip(".")
+
+
+def _top_level(words: Sequence[str]) -> int:
+    """Answer ``--help`` and ``--version``; anything else is a mistake."""
+    parser = _Parser(
+        prog="optiq",
+        usage="optiq COMMAND [options]",
+        description="Sensitivity-driven mixed-precision quantization for MLX language models.",
+        epilog="Options of a command: optiq COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mlx-optiq-ext {__version__}")
+    group = parser.add_argument_group("commands")
+    if not words or {"-h", "--help"}.intersection(words):
+        for command in COMMANDS.values():
+            group.add_argument(f"{command.name:12s}", nargs="?", help=summary(command))
+        parser.print_help(sys.stdout if words else sys.stderr)
+        return 0 if words else UsageError.exit_code
+    if words[0].startswith("-"):
+        try:
+            parser.parse_args(words)
+        except SystemExit as leaving:
+            return int(leaving.code or 0)
+    raise UsageError(f"no command {words[0]!r}; commands are {', '.join(COMMANDS)}")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help of a fixed width, with the default of every option that has one.
+
+    The width does not follow the terminal, so that the generated reference is the same everywhere.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, argparse.SUPPRESS, False, (), [], "")
+        return f"{action.help or ''} [%(default)s]" if has_default else action.help
+
+
+def _report(error: Exception, exit_code: int, as_json: bool, kind: str = "") -> None:
+    if as_json:
+        document = {"type": kind or type(error).__name__, "message": str(error), "exit_code": exit_code}
+        print(json.dumps({"error": document}, ensure_ascii=False))
+    print(f"optiq: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
