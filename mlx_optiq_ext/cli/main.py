@@ -182,17 +182,10 @@ def _top_level(words: Sequence[str]) -> int:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Help of a fixed width, with the default of every option that has one.
-
-    The width does not follow the terminal, so that the generated reference is the same everywhere.
-    """
+    """Help of a fixed width: it does not follow the terminal, so the generated reference is stable."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=100)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, argparse.SUPPRESS, False, (), [], "")
-        return f"{action.help or ''} [%(default)s]" if has_default else action.help
 
 
 def _report(error: Exception, exit_code: int, as_json: bool, kind: str = "") -> None:

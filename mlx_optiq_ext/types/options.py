@@ -147,3 +147,4 @@ class DoctorOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What optiq doctor checks."""
 
     fix: Annotated[bool, _d("Print the command that mends each finding.")] = False
+    network: Annotated[bool, _d("Also ask whether the Hub answers.")] = False
