@@ -86,7 +86,9 @@ def plan_family(file: GgufFile) -> FamilyPlan:
         )
     config = _shared_config(file, arch, family)
     config |= family.extra(file, arch)
-    tensors = tuple(_plan_tensor(file, t, family, config) for t in file.tensors.values() if t.name != _ROTARY_FACTORS)
+    tensors = tuple(
+        _plan_tensor(file, t, family, config) for t in file.tensors.values() if t.name != _ROTARY_FACTORS
+    )
     return FamilyPlan(config=config, tensors=tensors)
 
 
@@ -163,7 +165,9 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plan_tensor(file: GgufFile, tensor: GgufTensor, family: _Family, config: dict[str, Any]) -> PlannedTensor:
+def _plan_tensor(
+    file: GgufFile, tensor: GgufTensor, family: _Family, config: dict[str, Any]
+) -> PlannedTensor:
     """Name one tensor and say what changes."""
     stem, _, leaf = tensor.name.rpartition(".")
     change: Change = "minus_one" if family.norm_offset and "norm" in stem else "none"
@@ -187,7 +191,10 @@ def _plan_tensor(file: GgufFile, tensor: GgufTensor, family: _Family, config: di
 
 
 def _llama_extra(file: GgufFile, arch: str) -> dict[str, Any]:
-    return {"attention_bias": "blk.0.attn_q.bias" in file.tensors, "mlp_bias": "blk.0.ffn_up.bias" in file.tensors}
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
 
 
 def _qwen3_extra(file: GgufFile, arch: str) -> dict[str, Any]:
@@ -203,7 +210,9 @@ def _no_extra(file: GgufFile, arch: str) -> dict[str, Any]:
 
 
 _FAMILIES = {
-    "llama": _Family(model_type="llama", architecture="LlamaForCausalLM", extra=_llama_extra, interleaved=True),
+    "llama": _Family(
+        model_type="llama", architecture="LlamaForCausalLM", extra=_llama_extra, interleaved=True
+    ),
     "qwen2": _Family(model_type="qwen2", architecture="Qwen2ForCausalLM", extra=_no_extra),
     "qwen3": _Family(
         model_type="qwen3",
@@ -211,6 +220,8 @@ _FAMILIES = {
         extra=_qwen3_extra,
         block_names={"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
     ),
-    "gemma": _Family(model_type="gemma", architecture="GemmaForCausalLM", extra=_gemma_extra, norm_offset=True),
+    "gemma": _Family(
+        model_type="gemma", architecture="GemmaForCausalLM", extra=_gemma_extra, norm_offset=True
+    ),
 }
 SUPPORTED_ARCHITECTURES = tuple(_FAMILIES)

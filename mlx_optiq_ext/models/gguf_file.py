@@ -117,7 +117,9 @@ class GgufFile(msgspec.Struct, frozen=True, kw_only=True):
 
     def _wrong(self, key: str, wanted: str, value: object) -> UsageError:
         found = "nothing" if value is None else f"{type(value).__name__}"
-        return UsageError(f"{self.path.name}: metadata {key!r} should be {wanted}, found {found}; the file is damaged")
+        return UsageError(
+            f"{self.path.name}: metadata {key!r} should be {wanted}, found {found}; the file is damaged"
+        )
 
 
 class _Cursor:
@@ -131,7 +133,9 @@ class _Cursor:
     def take(self, nbytes: int) -> bytes:
         end = self.position + nbytes
         if nbytes < 0 or end > self.data.size:
-            raise UsageError(f"{self.name}: file ends inside its header, at byte {self.position}; download it again")
+            raise UsageError(
+                f"{self.name}: file ends inside its header, at byte {self.position}; download it again"
+            )
         chunk = self.data[self.position : end].tobytes()
         self.position = end
         return chunk
@@ -163,7 +167,9 @@ class _Cursor:
 
     def numbers(self, kind: int, length: int) -> npt.NDArray[np.generic]:
         if kind not in _SCALARS:
-            raise UsageError(f"{self.name}: unknown metadata type {kind} at byte {self.position}; the file is damaged")
+            raise UsageError(
+                f"{self.name}: unknown metadata type {kind} at byte {self.position}; the file is damaged"
+            )
         dtype = _SCALARS[kind]
         return np.frombuffer(self.take(length * dtype.itemsize), dtype=dtype)
 
