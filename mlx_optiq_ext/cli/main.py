@@ -145,6 +145,7 @@ def command_parser(command: Command) -> tuple[argparse.ArgumentParser, ModuleTyp
     group.add_argument("--json", action="store_true", help="Print one JSON document on stdout.")
     group.add_argument("--quiet", action="store_true", help="Draw no progress.")
     group.add_argument("--debug", action="store_true", help="Show debug messages and tracebacks.")
+    parser.usage = _usage(parser)
     return parser, module
 
 
@@ -155,6 +156,18 @@ def summary(command: Command) -> str:
         return "(not part of this installation)"
     docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     return (docstring or "").split("\n")[0].rstrip(".")
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """One line: what must be given, then ``[options]``; the options are listed below it anyway."""
+    words = [parser.prog]
+    for action in parser._actions:
+        if not action.option_strings:
+            name = str(action.metavar or action.dest.upper())
+            words.append({"+": f"{name}…", "*": f"[{name}…]", "?": f"[{name}]"}.get(str(action.nargs), name))
+        elif action.required:
+            words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
+    return " ".join([*words, "[options]"])
 
 
 def _top_level(words: Sequence[str]) -> int:
@@ -182,10 +195,16 @@ def _top_level(words: Sequence[str]) -> int:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Help of a fixed width: it does not follow the terminal, so the generated reference is stable."""
+    """Help that is the same on every terminal and Python: fixed width, ``-o, --out OUT``."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, action.dest.upper())
+        return f"{', '.join(action.option_strings)} {value}"
 
 
 def _report(error: Exception, exit_code: int, as_json: bool, kind: str = "") -> None:

@@ -1,0 +1,30 @@
+# make demo: a real model measured, converted, compared, generating. make test: the whole gate.
+# Each makes its own environment in .venv.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: demo test lint docs
+
+demo: .venv/ready
+	bash benchmarks/demo.sh
+
+test: lint
+	bash benchmarks/small_model.sh demo >/dev/null
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not clients"
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m mlx_optiq_ext.cli.reference --check
+
+docs: .venv/ready
+	$(BIN)/python -m mlx_optiq_ext.cli.reference
+
+.venv/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11 to 3.14 with its venv module (Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@

