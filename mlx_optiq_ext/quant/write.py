@@ -149,7 +149,7 @@ class CheckpointWriter:
         if source is not None:
             for path in [*sorted(source.glob("*.py")), source / "generation_config.json"]:
                 if path.is_file():
-                    shutil.copy(path, self.folder)
+                    shutil.copyfile(path, self.folder / path.name)
         return written
 
     def _shard_for(self, nbytes: int) -> SafetensorsWriter:
