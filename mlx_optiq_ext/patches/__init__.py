@@ -1,1 +1,1 @@
-"""Extensions of mlx-lm own commands: each named, guarded and reversible."""
+"""Reversible extensions of mlx-lm's own commands, one module per seam."""
