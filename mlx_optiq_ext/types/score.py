@@ -23,7 +23,7 @@ class ScoreRow(msgspec.Struct, frozen=True, kw_only=True):
     label: str
     """What people read: ``this model``, ``uniform 4g64``, a folder name or repository id."""
     role: ScoreRole = "candidate"
-    """reference: the unquantized model; candidate: a checkpoint; uniform: the reference quantized alike everywhere."""
+    """The unquantized model, a checkpoint, or the reference quantized alike everywhere."""
     bpw: float
     """All stored bits over all weights, scales, biases and unquantized tensors included."""
     nbytes: int
@@ -41,7 +41,7 @@ class ScoreRow(msgspec.Struct, frozen=True, kw_only=True):
     by_domain: dict[str, float] = {}
     """``divergence`` per domain of the text."""
     against_first: float | None = None
-    """``divergence`` over that of the first candidate row; None for the reference and for the first itself."""
+    """``divergence`` over that of the first candidate row; None for that row and for the reference."""
     against_first_interval: tuple[float, float] | None = None
     """95 % interval of ``against_first``, paired over windows."""
 
