@@ -1,7 +1,7 @@
 """Decode the block formats of GGUF tensors to float32.
 
-Pure NumPy on raw bytes; knows nothing of files or models. Each decoder takes blocks (N, nbytes) and returns weights
-(N, numel), float32.
+Pure NumPy on raw bytes; knows nothing of files or models. Each decoder takes blocks (N, nbytes) and
+returns weights (N, numel), float32.
 
 Source: struct definitions in ggml-org/ggml (ggml-common.h) and the GGUF specification.
 """
@@ -64,7 +64,8 @@ def _q4_1(blocks: _Bytes) -> _Floats:
 
 def _fifth_bits(blocks: _Bytes, start: int) -> _Bytes:
     """Bit j of the 32-bit word at byte ``start`` is the fifth bit of weight j; shape (N, 32)."""
-    return np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << 4
+    bits: _Bytes = np.unpackbits(blocks[:, start : start + 4], axis=1, bitorder="little") << np.uint8(4)
+    return bits
 
 
 def _q5_0(blocks: _Bytes) -> _Floats:
@@ -84,7 +85,8 @@ def _q8_0(blocks: _Bytes) -> _Floats:
 def _quarters(packed: _Bytes) -> _Bytes:
     """64 bytes of 2-bit codes as (N, 256): per 32 bytes, the four bit pairs one after the other."""
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
-    return ((packed.reshape(-1, 2, 1, 32) >> shifts) & 3).reshape(-1, 256)
+    codes: _Bytes = ((packed.reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)).reshape(-1, 256)
+    return codes
 
 
 def _per_group(codes: npt.NDArray[np.generic], scales: _Floats, mins: _Floats | None = None) -> _Floats:

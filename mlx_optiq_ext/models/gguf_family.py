@@ -1,7 +1,7 @@
 """What a GGUF architecture becomes on the Hugging Face side: config.json and tensor names.
 
-Knows the differences between the two layouts (names, rotary order, norm offsets); reads no weights except the small
-table of rotary factors. Called by the importer. A new family is one entry of ``_FAMILIES`` and its config function.
+Knows the differences between the two layouts (names, rotary order, norm offsets); reads no weights except
+the small table of rotary factors. Called by the importer. A new family is one entry of ``_FAMILIES``.
 
 Source: GGUF specification (key names), public config.json files of the families.
 """
@@ -26,7 +26,7 @@ class PlannedTensor(msgspec.Struct, frozen=True, kw_only=True):
     source: GgufTensor
     name: str
     change: Change = "none"
-    """rotary_order: rows of each head go from interleaved pairs to halves; minus_one: the norm stores 1 + weight."""
+    """rotary_order: rows of a head go from interleaved pairs to halves; minus_one: stored as 1 + weight."""
     num_heads: int = 0
     """Heads in the rows, for rotary_order."""
 
@@ -41,7 +41,7 @@ class FamilyPlan(msgspec.Struct, frozen=True, kw_only=True):
 class _Family(msgspec.Struct, frozen=True, kw_only=True):
     model_type: str
     architecture: str
-    extra: Callable[[GgufFile, str], dict[str, Any]]
+    extra: Callable[[GgufFile], dict[str, Any]]
     interleaved: bool = False
     norm_offset: bool = False
     block_names: dict[str, str] = {}
@@ -82,10 +82,11 @@ def plan_family(file: GgufFile) -> FamilyPlan:
         )
     if file.integer(f"{arch}.expert_count", 0):
         raise UnsupportedModel(
-            f"{file.path.name}: mixture-of-experts GGUF files cannot be imported; take the model's original folder"
+            f"{file.path.name}: mixture-of-experts GGUF files cannot be imported; take the"
+            " model's original folder"
         )
     config = _shared_config(file, arch, family)
-    config |= family.extra(file, arch)
+    config |= family.extra(file)
     tensors = tuple(
         _plan_tensor(file, t, family, config) for t in file.tensors.values() if t.name != _ROTARY_FACTORS
     )
@@ -102,8 +103,8 @@ def _shared_config(file: GgufFile, arch: str, family: _Family) -> dict[str, Any]
     rotary_dim = file.integer(f"{arch}.rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
         raise UnsupportedModel(
-            f"{file.path.name}: rotary embedding over {rotary_dim} of {head_dim} values per head cannot be imported;"
-            " take the model's original folder"
+            f"{file.path.name}: rotary embedding over {rotary_dim} of {head_dim} values per head cannot be"
+            " imported; take the model's original folder"
         )
     config: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -136,13 +137,13 @@ def _rope_scaling(file: GgufFile, arch: str, config: dict[str, Any]) -> dict[str
     if kind == "linear":
         return {"type": "linear", "rope_type": "linear", "factor": file.number(f"{arch}.rope.scaling.factor")}
     raise UnsupportedModel(
-        f"{file.path.name}: rotary scaling {kind!r} cannot be imported (none, linear and the Llama-3 table can);"
-        " take the model's original folder"
+        f"{file.path.name}: rotary scaling {kind!r} cannot be imported (none, linear and the Llama-3 table"
+        " can); take the model's original folder"
     )
 
 
 def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Recover the Llama-3 scaling from its table of per-frequency divisors, and check it against that table."""
+    """Recover the Llama-3 scaling from its table of per-frequency divisors, and check it against them."""
     tensor = file.tensors[_ROTARY_FACTORS]
     table = tensor.block_type.decode(file.raw(tensor)).reshape(-1)
     low, high, original = 1.0, 4.0, 8192
@@ -153,8 +154,8 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     expected = 1.0 / ((1 - blend) / factor + blend)
     if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-3):
         raise UnsupportedModel(
-            f"{file.path.name}: its table of rotary factors is not the Llama-3 rule (low 1, high 4, context 8192);"
-            " take the model's original folder"
+            f"{file.path.name}: its table of rotary factors is not the Llama-3 rule (low 1, high 4, context"
+            " 8192); take the model's original folder"
         )
     return {
         "rope_type": "llama3",
@@ -190,22 +191,22 @@ def _plan_tensor(
     )
 
 
-def _llama_extra(file: GgufFile, arch: str) -> dict[str, Any]:
+def _llama_extra(file: GgufFile) -> dict[str, Any]:
     return {
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
 
 
-def _qwen3_extra(file: GgufFile, arch: str) -> dict[str, Any]:
+def _qwen3_extra(file: GgufFile) -> dict[str, Any]:
     return {"attention_bias": "blk.0.attn_q.bias" in file.tensors}
 
 
-def _gemma_extra(file: GgufFile, arch: str) -> dict[str, Any]:
+def _gemma_extra(_: GgufFile) -> dict[str, Any]:
     return {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 
-def _no_extra(file: GgufFile, arch: str) -> dict[str, Any]:
+def _no_extra(_: GgufFile) -> dict[str, Any]:
     return {}
 
 

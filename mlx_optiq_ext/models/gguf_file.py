@@ -1,10 +1,12 @@
 """Read a GGUF file: metadata, tensor table and raw tensor bytes, mapped rather than loaded.
 
-Knows the container only, nothing of model families, tokenizers or how blocks are decoded. Called by the importer.
+Knows the container only, nothing of model families, tokenizers or how blocks are decoded. Called by the
+importer.
 
 Source: the GGUF specification (ggml-org/ggml, docs/gguf.md), versions 2 and 3, little-endian.
 """
 
+import math
 import struct
 from pathlib import Path
 from typing import TypeAlias
@@ -18,9 +20,9 @@ from mlx_optiq_ext.models.gguf_blocks import BLOCK_TYPES, BlockType
 
 __all__ = ["GgufFile", "GgufTensor", "MetadataValue", "read_gguf"]
 
-MetadataValue: TypeAlias = "bool | int | float | str | list[str] | npt.NDArray[np.generic] | list[object]"
+MetadataValue: TypeAlias = bool | int | float | str | list[str] | npt.NDArray[np.generic]
 
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[np.generic]] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -36,6 +38,7 @@ _SCALARS = {
 _STRING = 8
 _ARRAY = 9
 _DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 4
 
 
 class GgufTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +54,7 @@ class GgufTensor(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def numel(self) -> int:
         """Number of weights."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -104,9 +107,9 @@ class GgufFile(msgspec.Struct, frozen=True, kw_only=True):
     def texts(self, key: str) -> list[str]:
         """A list of strings of the metadata; empty where it is missing."""
         value = self.metadata.get(key, [])
-        if not isinstance(value, list) or (value and not isinstance(value[0], str)):
+        if not isinstance(value, list):
             raise self._wrong(key, "a list of strings", value)
-        return value  # type: ignore[return-value]
+        return value
 
     def numbers(self, key: str) -> npt.NDArray[np.generic] | None:
         """A list of numbers of the metadata; None where it is missing."""
@@ -161,8 +164,6 @@ class _Cursor:
         kind, length = self.u32(), self.u64()
         if kind == _STRING:
             return [self.string() for _ in range(length)]
-        if kind == _ARRAY:
-            return [self.array() for _ in range(length)]
         return self.numbers(kind, length)
 
     def numbers(self, kind: int, length: int) -> npt.NDArray[np.generic]:
@@ -193,7 +194,8 @@ def read_gguf(path: Path) -> GgufFile:
     version = cursor.u32()
     if version not in (2, 3):
         raise UsageError(
-            f"{path.name}: GGUF version {version} is not readable (2 and 3, little-endian, are); convert it again"
+            f"{path.name}: GGUF version {version} is not readable (2 and 3, little-endian, are); convert"
+            " it again"
         )
     num_tensors, num_entries = cursor.u64(), cursor.u64()
     metadata: dict[str, MetadataValue] = {}
@@ -209,8 +211,8 @@ def read_gguf(path: Path) -> GgufFile:
     for tensor in tensors.values():
         if tensor.start + tensor.nbytes > data.size:
             raise UsageError(
-                f"{path.name}: tensor {tensor.name} needs bytes up to {tensor.start + tensor.nbytes}, the file has"
-                f" {data.size}; the download is incomplete"
+                f"{path.name}: tensor {tensor.name} ends at byte {tensor.start + tensor.nbytes}, the file"
+                f" has {data.size}; the download is incomplete"
             )
     return GgufFile(path=path, metadata=metadata, tensors=tensors, data=data)
 
@@ -219,17 +221,20 @@ def _tensor_entry(cursor: _Cursor) -> GgufTensor:
     """One row of the tensor table; ``start`` is still relative to the data section."""
     name = cursor.string()
     num_dims = cursor.u32()
+    if num_dims > _MAX_DIMS:
+        raise UsageError(f"{cursor.name}: tensor {name} has {num_dims} dimensions; the file is damaged")
     shape = tuple(cursor.u64() for _ in range(num_dims))[::-1]
     type_id, start = cursor.u32(), cursor.u64()
     block_type = BLOCK_TYPES.get(type_id)
     if block_type is None:
         readable = ", ".join(t.name for t in BLOCK_TYPES.values())
         raise UsageError(
-            f"{cursor.name}: tensor {name} is stored as GGUF type {type_id}, which is not readable; types that are:"
-            f" {readable}"
+            f"{cursor.name}: tensor {name} is stored as GGUF type {type_id}, which is not readable; types"
+            f" that are: {readable}"
         )
     if shape and shape[-1] % block_type.numel:
         raise UsageError(
-            f"{cursor.name}: rows of tensor {name} {shape} are no multiple of {block_type.numel} ({block_type.name})"
+            f"{cursor.name}: rows of tensor {name} {shape} are no multiple of {block_type.numel}"
+            f" ({block_type.name}); the file is damaged"
         )
     return GgufTensor(name=name, shape=shape, block_type=block_type, start=start)

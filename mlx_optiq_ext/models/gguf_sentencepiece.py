@@ -1,7 +1,7 @@
 """Turn the SentencePiece BPE vocabulary of a GGUF file into the parts of a tokenizer.json.
 
-A GGUF file stores pieces and scores but no merges; a merge is any split of a piece into two pieces, and its rank
-follows from the score of the whole. Called by ``gguf_tokenizer`` only.
+A GGUF file stores pieces and scores but no merges; a merge is any split of a piece into two pieces, and
+its rank follows from the score of the whole. Called by ``gguf_tokenizer`` only.
 
 Source: Kudo & Richardson 2018 (SentencePiece); the tokenizer.json layout of huggingface/tokenizers.
 """

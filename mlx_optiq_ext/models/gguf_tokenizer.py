@@ -1,10 +1,11 @@
 """Rebuild Hugging Face tokenizer files from the tokenizer metadata of a GGUF file.
 
-Makes the content of tokenizer.json, tokenizer_config.json and special_tokens_map.json as plain data; writes nothing and
-knows nothing of weights. Byte-level BPE is rebuilt as it is; SentencePiece vocabularies go through ``gguf_sentencepiece``.
-Called by the importer.
+Makes the content of tokenizer.json, tokenizer_config.json and special_tokens_map.json as plain data; writes
+nothing and knows nothing of weights. Byte-level BPE is rebuilt as it is; SentencePiece vocabularies go
+through ``gguf_sentencepiece``. Called by the importer.
 
-Source: GGUF specification (tokenizer.ggml.* keys); public tokenizer.json files of the families for the split patterns.
+Source: GGUF specification (tokenizer.ggml.* keys); public tokenizer.json files of the families for the
+split patterns.
 """
 
 from typing import Any
@@ -131,8 +132,8 @@ def _byte_level_parts(file: GgufFile) -> dict[str, Any]:
     else:
         known = ", ".join(sorted({*_SINGLE_DIGITS, *_SPLIT_PATTERNS, *_ALIASES, *_PLAIN}))
         raise UnsupportedModel(
-            f"{file.path.name}: split rule {rule!r} of its tokenizer is not known here; known: {known}. Take the"
-            " model's original folder"
+            f"{file.path.name}: split rule {rule!r} of its tokenizer is not known here; known: {known}. Take"
+            " the model's original folder"
         )
     tokens, merges = file.texts("tokenizer.ggml.tokens"), file.texts("tokenizer.ggml.merges")
     return {
@@ -217,10 +218,9 @@ def _configs(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """tokenizer_config.json and special_tokens_map.json."""
     tokens = file.texts("tokenizer.ggml.tokens")
-    eos = special.eos if special.end_of_turn is None else special.end_of_turn
     roles = {
         "bos_token": special.bos,
-        "eos_token": eos,
+        "eos_token": special.eos,
         "pad_token": special.pad,
         "unk_token": special.unknown,
     }
