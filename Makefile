@@ -18,7 +18,6 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m mlx_optiq_ext.cli.reference --check
 
 docs: .venv/ready
 	$(BIN)/python -m mlx_optiq_ext.cli.reference

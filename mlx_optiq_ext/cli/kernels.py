@@ -1,15 +1,15 @@
-"""Checks that run MLX: the device, the speed of float32 matmul, the accuracy of quantized kernels.
+"""Checks that run MLX: the device, the speed of float32 matmul, the quantized kernels, our patches of mlx-lm.
 
-Each takes well under a second. Called by ``optiq doctor``, after the fast BLAS was loaded.
+Called by ``optiq doctor``, after the fast BLAS was loaded.
 """
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from mlx_optiq_ext.blas import BLAS_HINT, preload_blas
 from mlx_optiq_ext.cli.health import Finding
 
-__all__ = ["check_blas", "check_device", "check_kernels"]
+__all__ = ["check_blas", "check_device", "check_kernels", "check_patches"]
 
 _SLOW_GFLOPS = 20.0
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -64,6 +64,27 @@ def check_kernels() -> list[Finding]:
     return [
         _kernel_finding(name, max(_kernel_error(mx, getattr(mx, name), bits) for bits in _BITS))
         for name in _EXACT_ERROR
+    ]
+
+
+def check_patches() -> list[Finding]:
+    """Try the effect of every extension of mlx-lm's own commands in this process."""
+    try:
+        # Deferred: it imports mlx-lm, which may be missing or broken.
+        from mlx_optiq_ext.patches import registry
+
+        reports = registry.report()
+    except ImportError as error:
+        return [Finding(name="patches", state="broken", found=str(error), fix="reinstall mlx-lm")]
+    states: dict[str, Literal["ok", "note", "broken"]] = {"active": "ok", "inactive": "note"}
+    return [
+        Finding(
+            name=f"patch {report.name}",
+            state=states.get(report.state, "broken"),
+            found=f"{report.state} in {report.target} (mlx-lm {report.mlx_lm_version}, made for {report.range})",
+            fix=report.detail,
+        )
+        for report in reports
     ]
 
 

@@ -43,7 +43,7 @@ def examine(*, network: bool = False) -> list[Finding]:
     device = kernels.check_device()
     findings.append(device)
     if device.state != "broken":
-        findings += [kernels.check_blas(), *kernels.check_kernels()]
+        findings += [kernels.check_blas(), *kernels.check_kernels(), *kernels.check_patches()]
     if network:
         findings.append(health.check_hub())
     return findings

@@ -1,0 +1,124 @@
+"""Progress on stderr, one result on stdout."""
+
+import argparse
+import io
+import json
+
+import pytest
+
+from mlx_optiq_ext.cli.console import Console, format_duration, format_table
+from mlx_optiq_ext.types.progress import Progress
+from mlx_optiq_ext.types.quant import Choice
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _play(console: Console, clock: _Clock, total: int, step_s: float, stage: str = "measure") -> None:
+    for done in range(total + 1):
+        console.progress(Progress(stage=stage, done=done, total=total, detail=f"block {done}"))
+        clock.now += step_s
+
+
+def test_terminal_redraws_one_line_and_ends_it() -> None:
+    err, clock = _Terminal(), _Clock()
+    _play(Console(err=err, clock=clock), clock, total=4, step_s=2.0)
+    frames = err.getvalue().split("\r\x1b[2K")[1:]
+    assert len(frames) == 5
+    assert [frame.count("\n") for frame in frames] == [0, 0, 0, 0, 1]
+    assert "2/4" in frames[2]
+    assert "0.5/s, 4 s left" in frames[2]
+    assert "block 2" in frames[2]
+    assert "████" in frames[4]
+    assert "8 s" in frames[4]
+
+
+def test_terminal_is_not_redrawn_faster_than_ten_times_a_second() -> None:
+    err, clock = _Terminal(), _Clock()
+    _play(Console(err=err, clock=clock), clock, total=1000, step_s=0.001)
+    assert err.getvalue().count("\r") <= 13
+
+
+def test_elsewhere_lines_are_sparse_and_plain() -> None:
+    err, clock = io.StringIO(), _Clock()
+    console = Console(err=err, clock=clock)
+    _play(console, clock, total=100, step_s=1.0)
+    _play(console, clock, total=2, step_s=0.1, stage="write")
+    lines = err.getvalue().splitlines()
+    assert "\r" not in err.getvalue()
+    assert "\x1b" not in err.getvalue()
+    assert [line.split()[0] for line in lines] == ["measure"] * 8 + ["write"] * 2
+
+
+def test_rate_after_a_resume_counts_only_what_was_done_now() -> None:
+    err, clock = io.StringIO(), _Clock()
+    console = Console(err=err, clock=clock)
+    console.progress(Progress(stage="measure", done=50, total=100))
+    clock.now = 20.0
+    console.progress(Progress(stage="measure", done=60, total=100))
+    assert "0.5/s, 1:20 left" in err.getvalue().splitlines()[-1]
+
+
+def test_quiet_draws_nothing() -> None:
+    err = io.StringIO()
+    _play(Console(err=err, quiet=True), _Clock(), total=3, step_s=1.0)
+    assert err.getvalue() == ""
+
+
+def test_result_is_text_or_exactly_one_json_document() -> None:
+    for json_output in (False, True):
+        out, err = io.StringIO(), io.StringIO()
+        console = Console(json_output=json_output, out=out, err=err)
+        console.progress(Progress(stage="score", done=1, total=1))
+        console.note("a note")
+        console.result({"choice": Choice(bits=4, group_size=64)}, "four bits")
+        if json_output:
+            assert json.loads(out.getvalue()) == {"choice": {"bits": 4, "group_size": 64, "mode": "affine"}}
+        else:
+            assert out.getvalue() == "four bits\n"
+        assert "a note\n" in err.getvalue()
+
+
+def test_note_does_not_land_in_the_middle_of_a_progress_line() -> None:
+    err = _Terminal()
+    console = Console(err=err)
+    console.progress(Progress(stage="write", done=0, total=2))
+    console.note("disk is slow")
+    assert err.getvalue().endswith("\ndisk is slow\n")
+
+
+def test_console_follows_the_arguments() -> None:
+    assert Console.from_args(argparse.Namespace(json=True, quiet=False)).json_output
+    assert not Console.from_args(argparse.Namespace()).json_output
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (125, "2:05"), (3723, "1:02:03")]
+)
+def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_table_aligns_names_left_and_numbers_right() -> None:
+    table = format_table(["model", "bpw"], [["ours", "5.00"], ["uniform 4g64", "12.50"]], title="Scores")
+    assert table.splitlines() == [
+        "Scores",
+        "model           bpw",
+        "────────────  ─────",
+        "ours           5.00",
+        "uniform 4g64  12.50",
+    ]
+
+
+def test_table_without_rows_still_shows_its_head() -> None:
+    assert format_table(["model", "bpw"], []).splitlines()[0] == "model  bpw"
