@@ -50,7 +50,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json_atomic(path: Path, value: object) -> None:

@@ -32,7 +32,6 @@ def main(folder: str, trust_remote_code: bool, blas: str) -> dict[str, Any]:
     """
     if blas:
         ctypes.CDLL(blas, mode=ctypes.RTLD_GLOBAL)
-    import mlx.core as mx
     import mlx_lm
     from mlx.utils import tree_flatten
 
