@@ -1,0 +1,37 @@
+"""Take the arrays out of a nest of arguments and put others back in their place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+__all__ = ["split_arrays"]
+
+
+def split_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
+    """Separate the arrays of a nest of tuples, lists and dicts from its shape.
+
+    Returns:
+        The arrays in order, and a function that rebuilds the nest around a list of as many arrays.
+    """
+    leaves: list[mx.array] = []
+
+    def strip(node: Any) -> Callable[[list[mx.array]], Any]:
+        if isinstance(node, mx.array):
+            position = len(leaves)
+            leaves.append(node)
+            return lambda arrays: arrays[position]
+        if type(node) in (list, tuple):
+            parts = [strip(item) for item in node]
+            kind = type(node)
+            return lambda arrays: kind(part(arrays) for part in parts)
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            parts = [strip(item) for item in node]
+            named = type(node)
+            return lambda arrays: named(*(part(arrays) for part in parts))
+        if type(node) is dict:
+            items = {key: strip(value) for key, value in node.items()}
+            return lambda arrays: {key: part(arrays) for key, part in items.items()}
+        return lambda arrays: node
+
+    return leaves, strip(tree)

@@ -1,0 +1,195 @@
+"""Run a model block by block and keep the boundaries, so that it can be continued or differentiated anywhere.
+
+A model is seen as an outer function (embedding, masks, final norm, head) with holes, the calls of its
+blocks. The model's own ``__call__`` is the outer function: blocks are intercepted and either run, or
+answered from the record. So every family that mlx-lm runs is handled by its own code. Knows nothing of
+quantization; ``reverse`` differentiates the record.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.models.arrays import split_arrays
+from mlx_optiq_ext.models.families import find_blocks
+from mlx_optiq_ext.models.intercept import intercepted
+from mlx_optiq_ext.models.memory import BlockMemory
+from mlx_optiq_ext.models.taps import HeadOverride, UnitTap
+from mlx_optiq_ext.models.walk import Quantizable, quantizable_modules
+
+__all__ = ["Node", "Tape", "logits_of"]
+
+
+class Node(NamedTuple):
+    """One call of one block, all windows at once."""
+
+    block: int
+    rebuild_inputs: Callable[[list[mx.array]], Any]
+    rebuild_outputs: Callable[[list[mx.array]], Any]
+    inputs: list[mx.array]
+    outputs: list[mx.array]
+    input_axes: list[int | None]
+    """Per input the axis that counts windows, None where the input is the same for all."""
+    output_axes: list[int | None]
+
+    def window_inputs(self, window: int) -> list[mx.array]:
+        """Inputs of one window, the window axis kept."""
+        return _rows(self.inputs, self.input_axes, [window])
+
+    def window_outputs(self, windows: Sequence[int]) -> list[mx.array]:
+        """Outputs of some windows."""
+        return _rows(self.outputs, self.output_axes, windows)
+
+
+class Tape:
+    """Record of one forward pass over equal windows.
+
+    Args:
+        model: Module tree; its blocks are loaded and released through ``memory``.
+        tokens: int array (W, T), W windows of T tokens.
+        memory: What makes a block's weights present; everything resident by default.
+    Owner thread: the one that builds it.
+    """
+
+    def __init__(self, model: nn.Module, tokens: mx.array, memory: BlockMemory | None = None) -> None:
+        self.model = model
+        self.tokens = tokens
+        self.memory = memory or BlockMemory()
+        self.blocks = find_blocks(model)
+        self.nodes: list[Node] = []
+        self.made_by: dict[int, tuple[int, int]] = {}
+        modules = quantizable_modules(model)
+        self.paths = {id(module): path for path, module in modules.items()}
+        vocab = max((m.weight.shape[0] for m in modules.values() if isinstance(m, nn.Embedding)), default=0)
+        self.outside = [m for path, m in modules.items() if self.blocks.index_of(path) is None]
+        self.heads = frozenset(
+            self.paths[id(m)]
+            for m in self.outside
+            if not isinstance(m, nn.Embedding) and vocab and m.weight.shape[0] == vocab
+        )
+        self._modules = modules
+        self._block_index = {id(module): i for i, module in enumerate(self.blocks.modules)}
+
+    @property
+    def num_windows(self) -> int:
+        """W."""
+        return int(self.tokens.shape[0])
+
+    def members(self, block: int) -> list[Quantizable]:
+        """Quantizable modules of one block."""
+        return [m for path, m in self._modules.items() if self.blocks.index_of(path) == block]
+
+    def forward(self, on_call: Callable[[int], None] = lambda _: None) -> None:
+        """Run all windows through all blocks, one block in memory at a time; evaluates the boundaries.
+
+        Args:
+            on_call: Called after each call of a block with the number of calls so far.
+        Raises:
+            UnsupportedModel: The model calls none of its blocks.
+        """
+        shapes = self._shapes_of_one_more()
+        self.nodes, self.made_by = [], {}
+
+        def run(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            index = self._block_index[id(module)]
+            inputs, rebuild_inputs = split_arrays((args, kwargs))
+            with self.memory.present(index):
+                output = original(*args, **kwargs)
+                outputs, rebuild_outputs = split_arrays(output)
+                mx.eval(outputs, inputs)
+            input_shapes, output_shapes = shapes[len(self.nodes)]
+            axes = _grown_axes(input_shapes, inputs), _grown_axes(output_shapes, outputs)
+            self.made_by.update({id(leaf): (len(self.nodes), k) for k, leaf in enumerate(outputs)})
+            self.nodes.append(Node(index, rebuild_inputs, rebuild_outputs, inputs, outputs, *axes))
+            on_call(len(self.nodes))
+            return output
+
+        with intercepted(self.blocks.modules, run):
+            self.model(self.tokens)
+
+    def logits(self, window: int, head: HeadOverride | None = None) -> mx.array:
+        """Logits (1, T, V) of one window, from the recorded blocks; lazy."""
+        return self.outer(window, self.outputs_of(window), head=head)[0]
+
+    def outputs_of(self, window: int) -> list[list[mx.array]]:
+        """Recorded outputs of every block call for one window."""
+        return [node.window_outputs([window]) for node in self.nodes]
+
+    def outer(
+        self,
+        window: int,
+        outputs: list[list[mx.array]],
+        *,
+        tap: UnitTap | None = None,
+        head: HeadOverride | None = None,
+    ) -> tuple[mx.array, list[list[mx.array]]]:
+        """The outer function: logits and every block's inputs, given every block's outputs; lazy."""
+        inputs: list[list[mx.array]] = []
+        tap = tap or UnitTap(self.paths, self.heads, head=head)
+
+        def answer(_: nn.Module, __: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            inputs.append(split_arrays((args, kwargs))[0])
+            return self.nodes[len(inputs) - 1].rebuild_outputs(outputs[len(inputs) - 1])
+
+        with intercepted(self.blocks.modules, answer), intercepted(self.outside, tap):
+            logits = logits_of(self.model(self.tokens[window : window + 1]))
+        return logits, inputs
+
+    def run_from(self, start: int, windows: Sequence[int]) -> mx.array:
+        """Logits (len(windows), T, V) with every call before ``start`` answered from the record; lazy.
+
+        The caller changes weights from call ``start`` on beforehand; the model must be resident.
+        """
+        recorded = [node.window_outputs(windows) for node in self.nodes[:start]]
+        count = 0
+
+        def answer(_: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal count
+            count += 1
+            if count <= len(recorded):
+                return self.nodes[count - 1].rebuild_outputs(recorded[count - 1])
+            return original(*args, **kwargs)
+
+        with intercepted(self.blocks.modules, answer):
+            return logits_of(self.model(self.tokens[mx.array(list(windows))]))
+
+    def _shapes_of_one_more(self) -> list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]:
+        """Shapes at every boundary with one more window: what grew is the window axis. Evaluates nothing."""
+        shapes: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = []
+
+        def note(_: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            inputs = [leaf.shape for leaf in split_arrays((args, kwargs))[0]]
+            output = original(*args, **kwargs)
+            shapes.append((inputs, [leaf.shape for leaf in split_arrays(output)[0]]))
+            return output
+
+        with intercepted(self.blocks.modules, note):
+            self.model(mx.concatenate([self.tokens, self.tokens[:1]]))
+        if not shapes:
+            raise UnsupportedModel(f"{type(self.model).__module__}: the model runs none of its listed blocks")
+        return shapes
+
+
+def logits_of(output: Any) -> mx.array:
+    """The logits in whatever a family's ``__call__`` returns."""
+    found = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    assert isinstance(found, mx.array)
+    return found
+
+
+def _grown_axes(one_more: list[tuple[int, ...]], leaves: Iterable[mx.array]) -> list[int | None]:
+    """The axis of every leaf that grew with one more window; None where none did."""
+    return [
+        next((axis for axis, (big, small) in enumerate(zip(shape, leaf.shape, strict=True)) if big != small), None)
+        for shape, leaf in zip(one_more, leaves, strict=True)
+    ]
+
+
+def _rows(leaves: list[mx.array], axes: list[int | None], windows: Sequence[int]) -> list[mx.array]:
+    rows = mx.array(list(windows))
+    return [
+        leaf if axis is None else mx.take(leaf, rows, axis=axis) for leaf, axis in zip(leaves, axes, strict=True)
+    ]
