@@ -9,10 +9,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama, qwen3_moe
-from mlx_optiq_ext.quant.write import CheckpointWriter
-from mlx_optiq_ext.types.quant import BitMap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_optiq_ext.quant.write import CheckpointWriter
+from mlx_optiq_ext.types.quant import BitMap
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -5,6 +5,7 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats import safetensors as module
 from mlx_optiq_ext.formats.safetensors import SafetensorsWriter, read_folder, read_header

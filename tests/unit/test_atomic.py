@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mlx_optiq_ext.errors import OutputExists, ResourceError, VerificationError
 from mlx_optiq_ext.formats.atomic import (
     atomic_folder,

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, save_model
+from support_models import LLAMA, QWEN3_MOE, quantize_by, read_json, save_model_folder, tiny_model
+
 from mlx_optiq_ext.errors import UsageError, VerificationError
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.quant.verify import compare_bytes, compare_config, inspect_checkpoint, verify_checkpoint
 from mlx_optiq_ext.quant.write import CheckpointWriter, quantization_config
 from mlx_optiq_ext.types.quant import KEEP, BitMap, Choice
-from support_models import LLAMA, QWEN3_MOE, quantize_by, read_json, save_model_folder, tiny_model
 
 CHOICES = [
     *(
