@@ -1,0 +1,268 @@
+"""Second-order statistics of one quantizable tensor, and the divergence that a weight error costs.
+
+For a linear with inputs x_t and output gradients g_t of the sampled loss, the diagonal Fisher is
+F = E_t[g_t² x_tᵀ²] and an error E costs ½ Σ F_ij E_ij² nats per token. F is formed for a few rows at a time,
+used, and dropped; what survives is one number per choice and window. Knows nothing of how errors arise.
+Source: diagonal Fisher of the sampled (true) distribution, as in Martens, "New insights and perspectives on
+the natural gradient method" (2020), §§ 5, 9; quadratic form of the KL divergence, ibid. eq. 6.
+"""
+
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_optiq_ext.models.taps import Capture
+
+__all__ = [
+    "EmbeddingStatistics",
+    "ExpertStatistics",
+    "LinearStatistics",
+    "UnitStatistics",
+    "statistics_of",
+]
+
+Floats = npt.NDArray[np.float64]
+_PRIOR_HITS = 4.0
+"""Pseudo-observations that pull a rarely used expert towards the mean of its layer."""
+
+
+class UnitStatistics(Protocol):
+    """What one tensor's captures tell about it."""
+
+    def importance(self) -> mx.array:
+        """E[x_j²] per input column: (I,), or (E, I) for experts; float32."""
+        ...
+
+    def gram(self) -> mx.array:
+        """E[x xᵀ]: (I, I), or (E, I, I) for experts; float32."""
+        ...
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """Cost of errors in the rows (experts, embedding rows) from ``start`` on.
+
+        Args:
+            start: First row, or first expert.
+            errors: One error per choice, each (n, I), or (n, O, I) for experts; float32.
+        Returns:
+            (C, W) nats per token of each window.
+        """
+        ...
+
+
+class LinearStatistics:
+    """Statistics of an ordinary linear.
+
+    Args:
+        x: Inputs per item, each (n, I).
+        g: Output gradients per item, each (n, O).
+        windows: Window of each item.
+        positions: Positions per item that the loss was summed over (T).
+        num_windows: W.
+    """
+
+    def __init__(
+        self, x: list[mx.array], g: list[mx.array], windows: list[int], positions: int, num_windows: int
+    ) -> None:
+        self._x = [a.astype(mx.float32) for a in x]
+        self._g2 = [mx.square(a.astype(mx.float32)) for a in g]
+        self._windows = windows
+        self._scale = 0.5 * num_windows / (positions * len(windows))
+        self._num_windows = num_windows
+
+    def importance(self) -> mx.array:
+        """E[x_j²] (I,)."""
+        rows = sum(a.shape[0] for a in self._x)
+        return mx.stack([mx.sum(mx.square(a), axis=0) for a in self._x]).sum(axis=0) / rows
+
+    def gram(self) -> mx.array:
+        """E[x xᵀ] (I, I)."""
+        x = mx.concatenate(self._x)
+        return (x.T @ x) / x.shape[0]
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """See :meth:`UnitStatistics.divergence`; evaluates. Memory: (W + C) copies of the rows."""
+        stop = start + errors[0].shape[0]
+        squared = mx.stack([mx.square(e).reshape(-1) for e in errors])
+        result = np.zeros((len(errors), self._num_windows))
+        for x, g2, window in zip(self._x, self._g2, self._windows, strict=True):
+            fisher = (g2[:, start:stop].T @ mx.square(x)).reshape(-1)
+            result[:, window] += self._scale * np.array(squared @ fisher, dtype=np.float64)
+        return result
+
+
+class ExpertStatistics:
+    """Statistics of experts (or heads) that share one tensor (E, O, I); only routed rows count.
+
+    Args:
+        x: Routed inputs per item, each (n, I).
+        g: Gradients per item, each (n, O).
+        experts: Expert of each row per item, each (n,).
+        windows: Window of each item.
+        positions: Positions per item (T).
+        num_windows: W.
+        num_experts: E.
+    """
+
+    def __init__(
+        self,
+        x: list[mx.array],
+        g: list[mx.array],
+        experts: list[npt.NDArray[np.int64]],
+        windows: list[int],
+        positions: int,
+        num_windows: int,
+        num_experts: int,
+    ) -> None:
+        self._x = mx.concatenate(x).astype(mx.float32)
+        self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
+        owner = np.concatenate(experts)
+        window = np.concatenate([np.full(len(e), w) for e, w in zip(experts, windows, strict=True)])
+        self._rows = [np.flatnonzero(owner == e) for e in range(num_experts)]
+        self._window = window
+        self._num_windows = num_windows
+        hits, tokens = len(owner), positions * len(windows)
+        self._scale = 0.5 * num_windows * (hits / tokens) / (hits + num_experts * _PRIOR_HITS)
+        self._mean_fisher = (self._g2.T @ mx.square(self._x)) / max(hits, 1)
+
+    @property
+    def hits(self) -> list[int]:
+        """Routed rows per expert: the coverage."""
+        return [len(rows) for rows in self._rows]
+
+    def importance(self) -> mx.array:
+        """E[x_j²] per expert (E, I), rarely used experts pulled towards the mean of all."""
+        mean = mx.mean(mx.square(self._x), axis=0)
+        per_expert = [
+            (mx.sum(mx.square(self._x[mx.array(rows)]), axis=0) + _PRIOR_HITS * mean) / (len(rows) + _PRIOR_HITS)
+            if len(rows)
+            else mean
+            for rows in self._rows
+        ]
+        return mx.stack(per_expert)
+
+    def gram(self) -> mx.array:
+        """E[x xᵀ] per expert (E, I, I), pulled towards the mean of all as in :meth:`importance`."""
+        mean = (self._x.T @ self._x) / self._x.shape[0]
+        grams = []
+        for rows in self._rows:
+            if not len(rows):
+                grams.append(mean)
+                continue
+            x = self._x[mx.array(rows)]
+            grams.append((x.T @ x + _PRIOR_HITS * mean) / (len(rows) + _PRIOR_HITS))
+        return mx.stack(grams)
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """See :meth:`UnitStatistics.divergence`; evaluates."""
+        result = np.zeros((len(errors), self._num_windows))
+        squared = [mx.square(e) for e in errors]
+        width = errors[0].shape[1]
+        for e in range(errors[0].shape[0]):
+            own = mx.stack([s[e] for s in squared])
+            prior = np.array(mx.sum(own * self._mean_fisher, axis=(1, 2)), dtype=np.float64)
+            result += (self._scale * _PRIOR_HITS / self._num_windows) * prior[:, None]
+            rows = self._rows[start + e]
+            if not len(rows):
+                continue
+            pick = mx.array(rows)
+            outputs = (mx.square(self._x[pick]) @ own.reshape(-1, own.shape[-1]).T).reshape(len(rows), -1, width)
+            cost = np.array(mx.sum(outputs * self._g2[pick][:, None, :], axis=-1), dtype=np.float64)
+            np.add.at(result.T, self._window[rows], self._scale * cost)
+        return result
+
+
+class EmbeddingStatistics:
+    """Statistics of an embedding table on its input side: only rows that were looked up count.
+
+    Args:
+        ids: Token ids per item, each (n,).
+        g: Gradients of the looked-up rows per item, each (n, D).
+        windows: Window of each item.
+        positions: Positions per item (T).
+        num_windows: W.
+    """
+
+    def __init__(
+        self,
+        ids: list[npt.NDArray[np.int64]],
+        g: list[mx.array],
+        windows: list[int],
+        positions: int,
+        num_windows: int,
+    ) -> None:
+        self._ids = np.concatenate(ids)
+        self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
+        self._window = np.concatenate([np.full(len(i), w) for i, w in zip(ids, windows, strict=True)])
+        self._num_windows = num_windows
+        self._scale = 0.5 * num_windows / (positions * len(windows))
+
+    def importance(self) -> mx.array:
+        """E[g_j²] per column (D,): how much an error in that column of a row is felt."""
+        return mx.mean(self._g2, axis=0)
+
+    def gram(self) -> mx.array:
+        """Diagonal of :meth:`importance`: lookups do not mix columns."""
+        return mx.diag(self.importance())
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """See :meth:`UnitStatistics.divergence`; evaluates."""
+        result = np.zeros((len(errors), self._num_windows))
+        here = np.flatnonzero((self._ids >= start) & (self._ids < start + errors[0].shape[0]))
+        if not len(here):
+            return result
+        rows, g2 = mx.array(self._ids[here] - start), self._g2[mx.array(here)]
+        for c, error in enumerate(errors):
+            cost = np.array(mx.sum(mx.square(error[rows]) * g2, axis=-1), dtype=np.float64)
+            np.add.at(result[c], self._window[here], self._scale * cost)
+        return result
+
+
+def statistics_of(
+    captures: list[tuple[int, Capture]], weight_shape: tuple[int, ...], positions: int, num_windows: int
+) -> UnitStatistics:
+    """Choose and build the statistics for one tensor from all its captures.
+
+    Args:
+        captures: (window, capture) of every item; a module called twice appears twice.
+        weight_shape: (O, I), or (E, O, I).
+        positions: T.
+        num_windows: W.
+    """
+    windows = [w for w, _ in captures]
+    first = captures[0][1].call
+    if mx.issubdtype(first.x.dtype, mx.integer):
+        ids = [np.array(c.call.x, dtype=np.int64).reshape(-1) for _, c in captures]
+        gradients = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
+        return EmbeddingStatistics(ids, gradients, windows, positions, num_windows)
+    if len(weight_shape) == 2:
+        xs = [c.call.x.reshape(-1, c.call.x.shape[-1]) for _, c in captures]
+        gs = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
+        return LinearStatistics(xs, gs, windows, positions, num_windows)
+    rows = [_routed_rows(c) if c.call.experts is not None else _head_rows(c, weight_shape[0]) for _, c in captures]
+    return ExpertStatistics(
+        [x for x, _, _ in rows], [g for _, g, _ in rows], [e for _, _, e in rows],
+        windows, positions, num_windows, weight_shape[0],
+    )  # fmt: skip
+
+
+def _routed_rows(capture: Capture) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
+    """Inputs (n, I), gradients (n, O) and experts (n,) of a switch layer's call, sorted or not."""
+    experts = capture.call.experts
+    assert experts is not None
+    x = capture.call.x.squeeze(-2)
+    x = mx.broadcast_to(x, (*experts.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    return x, capture.g.reshape(-1, capture.g.shape[-1]), np.array(experts, dtype=np.int64).reshape(-1)
+
+
+def _head_rows(capture: Capture, num_heads: int) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
+    """The same for per-head linears: inputs (B, H or 1, T, I), gradients (B, H, T, O); swapped where x @ W."""
+    g = capture.g
+    x = mx.broadcast_to(capture.call.x, (*g.shape[:-1], capture.call.x.shape[-1]))
+    axis = next(a for a in range(g.ndim - 1) if g.shape[a] == num_heads)
+    heads = np.broadcast_to(
+        np.arange(num_heads).reshape([-1 if a == axis else 1 for a in range(g.ndim - 1)]), g.shape[:-1]
+    )
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return (g, x, heads.reshape(-1)) if capture.call.transposed else (x, g, heads.reshape(-1))
