@@ -155,6 +155,8 @@ class CalibrationInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     num_windows: int
     domains: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader should know: domains without enough text, records not rendered by the chat template."""
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):
