@@ -1,0 +1,175 @@
+"""Choose bits for every tensor from a sensitivity file.
+
+Needs no model: any number of budgets can be tried in seconds. TABLE is a file made by `optiq measure`, a
+folder that has one, or a file of the published package.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_optiq_ext.cli.arguments import add_options, options_from
+from mlx_optiq_ext.cli.console import Console, format_table
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.allocation import write_allocation
+from mlx_optiq_ext.formats.sensitivity import read_sensitivity
+from mlx_optiq_ext.quant.bitmap import allocate
+from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.quant.size import format_nbytes
+from mlx_optiq_ext.types.options import AllocateOptions
+from mlx_optiq_ext.types.quant import Allocation, Pin, SensitivityTable
+
+__all__ = ["add_arguments", "render", "run"]
+
+_PINS_SHOWN = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``optiq allocate``."""
+    parser.add_argument("table", metavar="TABLE", help="Sensitivity file, or a folder that has one.")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", help="Write the bit map with its prediction here (JSON)."
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="The model's config.json, for --fit; default: that of the measured folder.",
+    )
+    add_options(parser, AllocateOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Allocate, write the bit map where asked for, and show what was chosen."""
+    console = Console.from_args(args)
+    options = options_from(args, AllocateOptions)
+    table = read_sensitivity(args.table)
+    kv_bytes = None
+    if options.fit is not None:
+        config = _read_config(args.config, table)
+        kv_bytes = kv_bytes_per_token(config, options.context, float_bits=table.float_bits)
+    allocation = allocate(table, options, kv_bytes_per_token=kv_bytes)
+    if args.out:
+        write_allocation(args.out, allocation)
+        console.note(f"bit map written to {args.out}")
+    for note in table.notes:
+        console.note(f"note: {note}")
+    console.result(allocation, render(allocation, table))
+    return 0
+
+
+def render(allocation: Allocation, table: SensitivityTable) -> str:
+    """The allocation for people: choices, prediction, uniform rows within the same bits, pins."""
+    parts = [
+        format_table(("choice", "tensors", "weights", "share", "bpw"), _choice_rows(allocation, table)),
+        _summary(allocation, table),
+        format_table(("stored as", "bpw", "divergence", "× this"), _comparison_rows(allocation)),
+    ]
+    if allocation.pins:
+        parts.append(_pin_table(allocation.pins))
+    return "\n\n".join(parts)
+
+
+def _choice_rows(allocation: Allocation, table: SensitivityTable) -> list[tuple[str, ...]]:
+    """Per choice: how many tensors and weights have it; last what is no unit."""
+    tensors: dict[str, int] = {}
+    weights: dict[str, int] = {}
+    bpw: dict[str, float] = {}
+    for unit in table.units:
+        choice = allocation.bit_map.choices[unit.path]
+        bpw[choice.label] = choice.bpw(table.float_bits)
+        tensors[choice.label] = tensors.get(choice.label, 0) + len(unit.paths)
+        weights[choice.label] = weights.get(choice.label, 0) + unit.numel
+    rows: list[tuple[str, ...]] = [
+        (
+            label,
+            str(tensors[label]),
+            f"{weights[label]:,}",
+            f"{weights[label] / table.total_numel:.1%}",
+            f"{bpw[label]:.3f}",
+        )
+        for label in sorted(bpw, key=lambda label: (bpw[label], label))
+    ]
+    rest = table.total_numel - sum(weights.values())
+    if rest > 0:
+        rows.append(
+            (
+                "not quantizable",
+                "–",
+                f"{rest:,}",
+                f"{rest / table.total_numel:.1%}",
+                f"{table.fixed_bits / rest:.3f}",
+            )
+        )
+    return rows
+
+
+def _summary(allocation: Allocation, table: SensitivityTable) -> str:
+    """Three lines: size, prediction, worst domain."""
+    lines = [
+        f"{allocation.achieved_bpw:.3f} bits per weight of at most {allocation.target_bpw:.3f}, everything "
+        f"counted: {format_nbytes(allocation.nbytes)}",
+        f"predicted divergence {allocation.predicted_divergence:.4g} ± {allocation.predicted_stderr:.2g} nats "
+        f"per token; none within this budget is below {allocation.lower_bound:.4g} ({allocation.solver} solver)",
+    ]
+    if allocation.worst_domain:
+        lines.append(f"worst domain {allocation.worst_domain}: {allocation.worst_domain_divergence:.4g}")
+    if table.correction != "none":
+        lines.append(f"measured with {table.correction} correction; convert with the same")
+    return "\n".join(lines)
+
+
+def _comparison_rows(allocation: Allocation) -> list[tuple[str, ...]]:
+    """This allocation, the uniform choices within its bits, and the next one above."""
+    own = allocation.predicted_divergence
+    rows: list[tuple[str, ...]] = [
+        ("this allocation", f"{allocation.achieved_bpw:.3f}", f"{own:.4g}", "1.00")
+    ]
+    within = [row for row in allocation.uniform if row[1] <= allocation.target_bpw]
+    above = [row for row in allocation.uniform if row[1] > allocation.target_bpw]
+    best_first = sorted(within, key=lambda row: row[2])[:4]
+    for label, bpw, divergence in [*best_first, *above[:1]]:
+        ratio = f"{divergence / own:.2f}" if own > 0 else "–"
+        rows.append((f"uniform {label}", f"{bpw:.3f}", f"{divergence:.4g}", ratio))
+    return rows
+
+
+def _pin_table(pins: tuple[Pin, ...]) -> str:
+    """The costliest pins with reason and price, and what all of them cost together."""
+    shown = sorted(pins, key=lambda pin: -pin.cost_divergence)[:_PINS_SHOWN]
+    rows = [
+        (
+            pin.path,
+            pin.choice.label,
+            f"{pin.cost_divergence:+.3g}",
+            f"{pin.cost_bits / 8000:+,.1f}",
+            pin.reason,
+        )
+        for pin in shown
+    ]
+    text = format_table(("pinned", "choice", "nats", "kB", "reason"), rows)
+    total = sum(pin.cost_divergence for pin in pins)
+    hidden = len(pins) - len(shown)
+    return f"{text}\n{len(pins)} pinned, {hidden} not shown; together {total:+.3g} nats at this budget"
+
+
+def _read_config(given: str | None, table: SensitivityTable) -> dict[str, Any]:
+    """config.json for --fit: the one named, else that of the measured folder.
+
+    Raises:
+        UsageError: Neither is there, or it is not JSON.
+    """
+    file = Path(given) if given else Path(table.model.source or ".") / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UsageError(
+            f"--fit needs the model's config.json and {file} cannot be read; name it with --config"
+        ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"{file} is not JSON ({error}); name the model's config.json with --config"
+        ) from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} is not a model's config.json")
+    return config

@@ -1,0 +1,120 @@
+"""The sensitivity file: everything measured about a model, for any number of later allocations.
+
+JSON with ``format_version``, one unit and one probe per line, so that two files can be compared line by
+line. Files of the published package are read too (see ``formats/published.py``).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mlx_optiq_ext.errors import MeasurementError, UsageError
+from mlx_optiq_ext.formats.atomic import write_bytes_atomic
+from mlx_optiq_ext.formats.published import table_from_published
+from mlx_optiq_ext.types.quant import SensitivityTable
+
+__all__ = ["decode_sensitivity", "encode_sensitivity", "read_sensitivity", "write_sensitivity"]
+
+_VERSION = 1
+_NAMES = ("sensitivity.json", "optiq/sensitivity.json", "sensitivity_checkpoint.json")
+_LINE_PER_ENTRY = ("units", "probes")
+
+
+def read_sensitivity(path: str | Path) -> SensitivityTable:
+    """Read a sensitivity file, ours or the published package's.
+
+    Args:
+        path: The file, or a folder that has it at its root or under ``optiq/``.
+    Raises:
+        UsageError: No such file, not a sensitivity file, or a version this package does not know.
+    """
+    file = _locate(Path(path))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read sensitivity file {file}: {error.strerror or error}") from error
+    return decode_sensitivity(data, str(file))
+
+
+def write_sensitivity(path: str | Path, table: SensitivityTable) -> None:
+    """Write ``table`` in the newest version, in one step.
+
+    Raises:
+        MeasurementError: A number is not finite.
+        ResourceError: The file cannot be written.
+    """
+    write_bytes_atomic(Path(path), encode_sensitivity(table))
+
+
+def encode_sensitivity(table: SensitivityTable) -> bytes:
+    """UTF-8 JSON of ``table``; equal tables give equal bytes.
+
+    Raises:
+        MeasurementError: A divergence or error is not finite; JSON has no such number.
+    """
+    for probe in table.probes:
+        numbers = (probe.divergence, probe.stderr, *probe.by_domain)
+        if not all(math.isfinite(number) for number in numbers):
+            raise MeasurementError(
+                f"the probe of {probe.path} as {probe.choice.label} is not finite; measure in float32, "
+                "and check the calibration text"
+            )
+    fields = []
+    for name in table.__struct_fields__:
+        value = getattr(table, name)
+        if name in _LINE_PER_ENTRY and value:
+            lines = b",\n  ".join(msgspec.json.encode(entry) for entry in value)
+            body = b"[\n  " + lines + b"\n ]"
+        else:
+            body = msgspec.json.encode(value)
+        fields.append(b' "' + name.encode() + b'": ' + body)
+    return b"{\n" + b",\n".join(fields) + b"\n}\n"
+
+
+def decode_sensitivity(data: bytes, where: str) -> SensitivityTable:
+    """Parse the content of a sensitivity file.
+
+    Args:
+        where: Name of the file, for messages.
+    Raises:
+        UsageError: See :func:`read_sensitivity`.
+    """
+    try:
+        document: Any = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        document = _decode_leniently(data, where)
+    if isinstance(document, list) or (isinstance(document, dict) and "layers" in document):
+        return table_from_published(document, where)
+    if not isinstance(document, dict) or "format_version" not in document:
+        raise UsageError(f"{where} is no sensitivity file: no format_version; `optiq measure` makes one")
+    version = document["format_version"]
+    if version != _VERSION:
+        raise UsageError(
+            f"{where} has format_version {version!r}; this package reads {_VERSION}: upgrade mlx-optiq-ext, "
+            "or measure again"
+        )
+    try:
+        return msgspec.convert(document, SensitivityTable)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where} is not a valid sensitivity file: {error}; measure again") from error
+
+
+def _locate(path: Path) -> Path:
+    """The file itself, or the one inside a folder."""
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in _NAMES if (path / name).is_file()), None)
+    if found is None:
+        raise UsageError(f"{path} has no sensitivity file ({', '.join(_NAMES)}); `optiq measure` makes one")
+    return found
+
+
+def _decode_leniently(data: bytes, where: str) -> Any:
+    """Python's own parser: published files may hold NaN, which JSON has not."""
+    try:
+        return json.loads(data)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where} is not JSON ({error}); measure again") from error
