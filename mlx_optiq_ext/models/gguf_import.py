@@ -133,14 +133,14 @@ def _unpack(archive_path: Path, folder: Path) -> Path:
             if len(members) != 1:
                 names = ", ".join(info.filename for info in members) or "none"
                 raise UsageError(
-                    f"{archive_path}: an archive must hold exactly one .gguf file, found {names}; unpack it and"
-                    " give the file itself"
+                    f"{archive_path}: an archive must hold exactly one .gguf file, found {names}; unpack it"
+                    " and give the file itself"
                 )
             needed, free = members[0].file_size, shutil.disk_usage(folder).free
             if needed > free:
                 raise ResourceError(
-                    f"unpacking {members[0].filename} needs {needed / 1e9:.2f} GB in {folder.parent}, which has"
-                    f" {free / 1e9:.2f} GB free; set TMPDIR to a larger disk or unpack it yourself"
+                    f"unpacking {members[0].filename} needs {needed / 1e9:.2f} GB in {folder.parent}, which"
+                    f" has {free / 1e9:.2f} GB free; set TMPDIR to a larger disk or unpack it yourself"
                 )
             unpacked = folder / Path(members[0].filename).name
             with archive.open(members[0]) as stored, unpacked.open("wb") as file:
