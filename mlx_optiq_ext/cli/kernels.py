@@ -81,7 +81,7 @@ def check_patches() -> list[Finding]:
         Finding(
             name=f"patch {report.name}",
             state=states.get(report.state, "broken"),
-            found=f"{report.state} in {report.target} (mlx-lm {report.mlx_lm_version}, made for {report.range})",
+            found=f"{report.state} in {report.target}, made for {report.range}",
             fix=report.detail,
         )
         for report in reports

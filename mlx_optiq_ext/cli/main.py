@@ -24,7 +24,7 @@ from mlx_optiq_ext import __version__
 from mlx_optiq_ext.blas import preload_blas
 from mlx_optiq_ext.errors import OptiqError, UsageError
 
-__all__ = ["COMMANDS", "Command", "command_parser", "main", "summary"]
+__all__ = ["COMMANDS", "Command", "HelpFormatter", "command_parser", "main", "summary"]
 
 _EXIT_UNEXPECTED = 1
 _EXIT_INTERRUPTED = 130
@@ -137,7 +137,7 @@ def command_parser(command: Command) -> tuple[argparse.ArgumentParser, ModuleTyp
     parser = _Parser(
         prog=f"optiq {command.name}",
         description=(module.__doc__ or "").strip().split("\n\n")[0],
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     module.add_arguments(parser)
@@ -194,7 +194,7 @@ def _top_level(words: Sequence[str]) -> int:
     raise UsageError(f"no command {words[0]!r}; commands are {', '.join(COMMANDS)}")
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class HelpFormatter(argparse.HelpFormatter):
     """Help that is the same on every terminal and Python: fixed width, ``-o, --out OUT``."""
 
     def __init__(self, prog: str) -> None:

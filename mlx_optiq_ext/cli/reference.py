@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlx_optiq_ext.cli.docstrings import describe_module, module_docstring
-from mlx_optiq_ext.cli.main import COMMANDS, Command, command_parser, summary
+from mlx_optiq_ext.cli.main import COMMANDS, Command, HelpFormatter, command_parser, summary
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.arguments import add_options
+from mlx_optiq_ext.types.options import ConvertOptions
 
 __all__ = ["generated_files", "main"]
 
@@ -79,6 +81,13 @@ def _reference(package: Path) -> Iterator[str]:
     yield "## Commands\n"
     for command in COMMANDS.values():
         yield from _command(command)
+    yield "### mlx_lm.convert --quant-predicate optiq\n"
+    yield (
+        "Stock mlx-lm's own command, after a plain `pip install`: its parameters, and ours with a prefix. "
+        'The Python call\n`mlx_lm.convert(path, quant_predicate="optiq", optiq_target_bpw=5.0)` takes the '
+        "same as keywords.\n"
+    )
+    yield f"{_indented(_stock_options())}\n"
     yield "## Errors and exit codes\n"
     yield f"{_indented(module_docstring(package / 'errors.py'))}\n"
     yield (
@@ -98,6 +107,12 @@ def _command(command: Command) -> Iterator[str]:
     yield f"### optiq {command.name}\n"
     yield f"{summary(command)}.\n"
     yield f"{_indented(_help_text(command).rstrip())}\n"
+
+
+def _stock_options() -> str:
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS, formatter_class=HelpFormatter)
+    add_options(parser.add_argument_group("options"), ConvertOptions, prefix="optiq-")
+    return parser.format_help().strip()
 
 
 def _modules(package: Path) -> Iterator[Path]:
