@@ -65,16 +65,20 @@ def build_menus(table: SensitivityTable) -> tuple[Menu, ...]:
         known = probes.get((probe.path, probe.choice))
         if known is None or probe.exact or not known.exact:
             probes[probe.path, probe.choice] = probe
+    probed: dict[str, list[Choice]] = {}
+    for path, choice in probes:
+        probed.setdefault(path, []).append(choice)
     menus = []
     for unit in table.units:
-        measured = [probes[unit.path, choice] for choice in unit.choices if (unit.path, choice) in probes]
+        possible = unit.choices or probed.get(unit.path, ())
+        measured = [probes[unit.path, choice] for choice in possible if (unit.path, choice) in probes]
         smooth = _smooth([probe for probe in measured if probe.choice.mode != "keep"])
         offers = [
             _offer(unit, probe, smooth[probe.choice], table.float_bits)
             for probe in measured
             if probe.choice != KEEP
         ]
-        if KEEP in unit.choices:
+        if KEEP in possible:
             offers.append(
                 Offer(choice=KEEP, bits=KEEP.stored_bits(unit.numel, table.float_bits), divergence=0.0)
             )

@@ -105,12 +105,13 @@ def _choice_rows(allocation: Allocation, table: SensitivityTable) -> list[tuple[
 
 
 def _summary(allocation: Allocation, table: SensitivityTable) -> str:
-    """Three lines: size, prediction, worst domain."""
+    """Size, prediction, worst domain, correction: one line each."""
+    prediction = f"{allocation.predicted_divergence:.4g} ± {allocation.predicted_stderr:.2g} nats per token"
+    bound = f"none within this budget is below {allocation.lower_bound:.4g} ({allocation.solver} solver)"
     lines = [
-        f"{allocation.achieved_bpw:.3f} bits per weight of at most {allocation.target_bpw:.3f}, everything "
-        f"counted: {format_nbytes(allocation.nbytes)}",
-        f"predicted divergence {allocation.predicted_divergence:.4g} ± {allocation.predicted_stderr:.2g} nats "
-        f"per token; none within this budget is below {allocation.lower_bound:.4g} ({allocation.solver} solver)",
+        f"{allocation.achieved_bpw:.3f} bits per weight of at most {allocation.target_bpw:.3f}, all counted: "
+        f"{format_nbytes(allocation.nbytes)}",
+        f"predicted divergence {prediction}; {bound}",
     ]
     if allocation.worst_domain:
         lines.append(f"worst domain {allocation.worst_domain}: {allocation.worst_domain_divergence:.4g}")
