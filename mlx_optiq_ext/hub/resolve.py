@@ -76,8 +76,8 @@ def check_model_folder(folder: Path) -> None:
     missing = _missing_shards(folder)
     if missing:
         raise ModelNotFound(
-            f"{folder} lacks {len(missing)} of its weight files, {missing[0]} among them; download it again to"
-            " complete it"
+            f"{folder} lacks {len(missing)} of its weight files, {missing[0]} among them; download it again"
+            " to complete it"
         )
 
 
