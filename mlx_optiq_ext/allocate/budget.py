@@ -92,20 +92,15 @@ def _to_columns(problem: Problem, items: Sequence[Item], picks: Sequence[int]) -
     return columns
 
 
-def _objective(item: Item, choice: int) -> float:
-    """Value plus penalty of one choice."""
-    return item.values[choice] + (item.penalties[choice] if item.penalties else 0.0)
-
-
 def _spend_without_loss(items: Sequence[Item], picks: list[int], budget: int) -> list[int]:
     """Raise items to costlier choices of no greater objective, largest raise first, while they fit."""
     slack = budget - sum(item.costs[pick] for item, pick in zip(items, picks, strict=True))
     raises: list[tuple[int, int, int]] = []
     for row, (item, pick) in enumerate(zip(items, picks, strict=True)):
-        limit = _objective(item, pick)
+        limit = item.objective(pick)
         for choice, cost in enumerate(item.costs):
             extra = cost - item.costs[pick]
-            if 0 < extra <= slack and _objective(item, choice) <= limit:
+            if 0 < extra <= slack and item.objective(choice) <= limit:
                 raises.append((-extra, row, choice))
     result = list(picks)
     raised: set[int] = set()

@@ -28,6 +28,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     penalties: tuple[float, ...] = ()
     """Added to ``values`` while solving and reported apart (time per token); empty: none."""
 
+    def objective(self, choice: int) -> float:
+        """Value plus penalty of one choice."""
+        return self.values[choice] + (self.penalties[choice] if self.penalties else 0.0)
+
 
 class Solution(msgspec.Struct, frozen=True, kw_only=True):
     """One choice per item, within the budget."""
@@ -45,6 +49,11 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
     """The picks are proven to be the best (to 1e-12 of the sum)."""
     price: float = 0.0
     """Value that one more unit of cost buys around this budget, ≥ 0."""
+
+    @property
+    def objective(self) -> float:
+        """Value plus penalty: what was minimised."""
+        return self.value + self.penalty
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True, eq=False):

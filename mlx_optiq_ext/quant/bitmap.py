@@ -134,7 +134,7 @@ def _allocate_within(plan: _Plan, budget: Budget, *, compare: bool = True) -> Al
     )
     if not compare:
         return allocation
-    return replace(allocation, pins=_priced_pins(plan, offers, left), uniform=_uniform_rows(plan))
+    return replace(allocation, pins=_priced_pins(plan, solution, left), uniform=_uniform_rows(plan))
 
 
 def _solve(plan: _Plan, menus: Sequence[Menu], budget_bits: int) -> Solution:
@@ -192,29 +192,31 @@ def _describe(plan: _Plan, offers: Sequence[Offer]) -> Allocation:
     )
 
 
-def _priced_pins(plan: _Plan, offers: Sequence[Offer], budget_bits: int) -> tuple[Pin, ...]:
-    """Every forced choice, and every floor that held the allocator back, with its cost."""
+def _priced_pins(plan: _Plan, solution: Solution, budget_bits: int) -> tuple[Pin, ...]:
+    """Every forced choice, and every floor that held the allocator back, with its cost.
+
+    What all of them cost together is the difference of two allocations; each bears its share of it in
+    proportion to its own cost at the price of a bit.
+    """
     free = _solve(plan, plan.free, budget_bits)
-    pins = []
-    for menu, bounded, pick, offer in zip(plan.free, plan.menus, free.picks, offers, strict=True):
-        own = menu.offers[pick]
+    items = _items(plan.free, speed_weight=plan.options.speed_weight)
+    pins, costs = [], []
+    for menu, bounded, item, own, pick in zip(
+        plan.free, plan.menus, items, free.picks, solution.picks, strict=True
+    ):
+        chosen = bounded.offers[pick]
         forced = plan.forced.get(menu.unit.path)
-        is_ruled_out = all(allowed.choice != own.choice for allowed in bounded.offers)
-        if forced is None and not is_ruled_out:
+        is_held_back = all(offer.choice != menu.offers[own].choice for offer in bounded.offers)
+        if forced is None and not is_held_back:
             continue
+        extra_bits = chosen.bits - menu.offers[own].bits
+        change = item.objective(menu.index_of(chosen.choice)) - item.objective(own)
+        costs.append(max(change + free.price * extra_bits, 0.0))
         reason = forced.reason if forced else _floor_reason(menu)
-        extra_bits = offer.bits - own.bits
-        cost = offer.divergence - own.divergence + free.price * extra_bits
-        pins.append(
-            Pin(
-                path=menu.unit.path,
-                choice=offer.choice,
-                reason=reason,
-                cost_divergence=cost,
-                cost_bits=extra_bits,
-            )
-        )
-    return tuple(pins)
+        pins.append(Pin(path=menu.unit.path, choice=chosen.choice, reason=reason, cost_bits=extra_bits))
+    total = max(solution.objective - free.objective, 0.0)
+    share = total / sum(costs) if sum(costs) > 0 else 0.0
+    return tuple(replace(pin, cost_divergence=cost * share) for pin, cost in zip(pins, costs, strict=True))
 
 
 def _floor_reason(menu: Menu) -> str:

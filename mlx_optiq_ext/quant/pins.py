@@ -94,9 +94,11 @@ def edge_pins(units: Sequence[Unit], widest: Sequence[Choice]) -> dict[str, Forc
 
 def _no_match(pattern: str, units: Sequence[Unit]) -> str:
     """Error text that names paths close to a pattern that matches none."""
-    paths = [path for unit in units for path in unit.paths]
-    bare = pattern.replace("*", "").strip(".")
-    close = [path for path in paths if bare and bare.lower() in path.lower()]
-    close += difflib.get_close_matches(pattern, paths, n=3, cutoff=0.4)
-    nearest = ", ".join(list(dict.fromkeys(close or paths))[:3])
-    return f"--pin {pattern!r} matches no path (globs match whole paths); there are, for instance, {nearest}"
+    names = {path.rpartition(".")[2]: None for unit in units for path in unit.paths}
+    wanted = pattern.rpartition(".")[2].strip("*")
+    close = difflib.get_close_matches(wanted, list(names), n=2, cutoff=0.5) or list(names)[:2]
+    found = [next(path for unit in units for path in unit.paths if path.endswith(name)) for name in close]
+    return (
+        f"--pin {pattern!r} matches no path (a glob covers the whole path); near it are "
+        f"{' and '.join(found)}, matched by {' and '.join(repr('*' + name) for name in close)}"
+    )

@@ -6,6 +6,7 @@ folder that has one, or a file of the published package.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, Pin, SensitivityTable
 
 __all__ = ["add_arguments", "render", "run"]
-
-_PINS_SHOWN = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,22 +135,24 @@ def _comparison_rows(allocation: Allocation) -> list[tuple[str, ...]]:
 
 
 def _pin_table(pins: tuple[Pin, ...]) -> str:
-    """The costliest pins with reason and price, and what all of them cost together."""
-    shown = sorted(pins, key=lambda pin: -pin.cost_divergence)[:_PINS_SHOWN]
+    """One row per reason and choice with what it costs; every single pin is in the JSON document."""
+    groups: dict[tuple[str, str], list[Pin]] = {}
+    for pin in pins:
+        groups.setdefault((pin.reason, pin.choice.label), []).append(pin)
     rows = [
-        (
-            pin.path,
-            pin.choice.label,
-            f"{pin.cost_divergence:+.3g}",
-            f"{pin.cost_bits / 8000:+,.1f}",
-            pin.reason,
-        )
-        for pin in shown
+        (reason, label, str(len(group)), f"{_cost(group):.3g}", f"{_kilobytes(group):+,.1f}", group[0].path)
+        for (reason, label), group in sorted(groups.items(), key=lambda entry: -_cost(entry[1]))
     ]
-    text = format_table(("pinned", "choice", "nats", "kB", "reason"), rows)
-    total = sum(pin.cost_divergence for pin in pins)
-    hidden = len(pins) - len(shown)
-    return f"{text}\n{len(pins)} pinned, {hidden} not shown; together {total:+.3g} nats at this budget"
+    title = f"pinned: {len(pins)} tensors, together {_cost(pins):.3g} nats per token at this budget"
+    return format_table(("reason", "choice", "tensors", "nats", "kB", "such as"), rows, title)
+
+
+def _cost(pins: Sequence[Pin]) -> float:
+    return sum(pin.cost_divergence for pin in pins)
+
+
+def _kilobytes(pins: Sequence[Pin]) -> float:
+    return sum(pin.cost_bits for pin in pins) / 8000
 
 
 def _read_config(given: str | None, table: SensitivityTable) -> dict[str, Any]:
