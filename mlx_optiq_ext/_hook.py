@@ -4,8 +4,6 @@ Runs in every Python start (``mlx_optiq_ext.pth``), hence needs nothing but ``sy
 loaded anyway. Knows which modules are extended, not how: that is ``patches/``, imported once mlx-lm is.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -49,7 +47,7 @@ def uninstall() -> None:
         registry.revert_all()
 
 
-def run_as_script(name: str, namespace: dict[str, Any]) -> None:
+def run_as_script(name: str, namespace: "dict[str, Any]") -> None:
     """Do what ``python -m NAME`` means, for a module whose patched form sits in ``sys.modules``.
 
     runpy executes a module's code a second time, in a namespace that no patch reaches. The code it gets
@@ -82,8 +80,8 @@ class _Finder:
         self._busy: set[str] = set()
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if fullname not in SEAMS or fullname in self._busy:
             return None
         self._busy.add(fullname)  # another finder may ask the whole chain again
@@ -96,8 +94,8 @@ class _Finder:
         return spec
 
     def _ask_others(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
-    ) -> ModuleSpec | None:
+        self, fullname: str, path: "Sequence[str] | None", target: "ModuleType | None"
+    ) -> "ModuleSpec | None":
         for finder in sys.meta_path:
             find_spec = None if finder is self else getattr(finder, "find_spec", None)
             spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec else None
@@ -109,24 +107,26 @@ class _Finder:
 class _Loader:
     """The real loader, and our patch once the module has run; every other attribute is the real one's."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: "Any") -> None:
         self.inner = inner
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> "Any":
         if name == "inner":  # copied without __init__: no endless search
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         create = getattr(self.inner, "create_module", None)
         module: ModuleType | None = create(spec) if create else None
         return module
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module: "ModuleType") -> None:
+        if _asked_for():
+            _load_blas()
         self.inner.exec_module(module)
         _extend(module.__name__)
 
-    def get_code(self, name: str) -> CodeType:
+    def get_code(self, name: str) -> "CodeType":
         call = f"__import__('mlx_optiq_ext._hook', fromlist=['*']).run_as_script({name!r}, globals())"
         return compile(call, "<mlx_optiq_ext>", "exec")
 
@@ -145,7 +145,15 @@ def _extend(name: str, *, strict: bool = False) -> None:
             print(f"mlx-optiq-ext: {name} was left as it is: {text}", file=sys.stderr)
 
 
+def _load_blas() -> None:
+    """Load a fast BLAS while MLX is not loaded yet; never for stock recipes, whose bits must not change."""
+    from mlx_optiq_ext.blas import preload_blas  # deferred: ctypes is not needed in every start
+
+    preload_blas()
+
+
 def _asked_for() -> bool:
+    """Whether the command line of this process wants the recipe."""
     argv = getattr(sys, "argv", [])
     if argv and os.path.basename(argv[0]).startswith("optiq"):
         return True

@@ -1,10 +1,11 @@
-"""Replace an object under every name that mlx-lm's loaded modules bound to it.
+"""Replace objects under every name that mlx-lm's loaded modules bound to them.
 
 A name imported with ``from x import y`` is bound a second time, so changing ``x.y`` alone is not enough.
 Modules outside of mlx-lm are never touched. Called by the patches.
 """
 
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -14,29 +15,30 @@ from mlx_optiq_ext.patches.patch import Undo
 __all__ = ["rebind", "replace"]
 
 
-def replace(home: ModuleType, name: str, replacement: Any) -> Undo:
-    """Put ``replacement`` where ``home.name`` is, there and wherever else mlx-lm bound the same object.
+def replace(home: ModuleType, replacements: Mapping[str, Any]) -> Undo:
+    """Put each replacement where ``home.NAME`` is, there and wherever else mlx-lm bound the same object.
 
     Args:
-        home: The module that defines the name.
-        name: The name.
-        replacement: What takes its place.
+        home: The module that defines the names.
+        replacements: Name → what takes its place.
     Returns:
-        The undo: every name bound to ``replacement`` by then gets the identical original back. It raises
-        PatchConflict, changing nothing, when somebody replaced ``home.name`` meanwhile.
+        The undo: every name bound to a replacement by then gets the identical original back. It raises
+        PatchConflict, changing nothing, when somebody replaced one of the names meanwhile.
     """
-    original = getattr(home, name)
+    originals = {name: getattr(home, name) for name in replacements}
 
     def undo() -> None:
-        if getattr(home, name, None) is not replacement:
-            raise PatchConflict(
-                f"{home.__name__}.{name} was replaced by someone else after us; undo that change first, or "
-                "start a new process with MLX_OPTIQ_DISABLE=1"
-            )
-        rebind(replacement, original)
+        for name, replacement in replacements.items():
+            if getattr(home, name, None) is not replacement:
+                raise PatchConflict(
+                    f"{home.__name__}.{name} was replaced by someone else after us; undo that change first, "
+                    "or start a new process with MLX_OPTIQ_DISABLE=1"
+                )
+        for name, replacement in replacements.items():
+            rebind(replacement, originals[name])
 
-    setattr(home, name, replacement)
-    rebind(original, replacement)
+    for name, replacement in replacements.items():
+        rebind(originals[name], replacement)
     return undo
 
 

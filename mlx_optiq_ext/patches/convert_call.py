@@ -59,10 +59,11 @@ def convert_call(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> ConvertCa
             f"--q-mode {stock['q_mode']} does not go with --quant-predicate optiq; offer the mode as a "
             f"choice instead: --optiq-candidate-bits 4,6,8,{stock['q_mode']}"
         )
+    options = {f"optiq_{name}": value for name, value in _merged(stock, ours).items()}
     return ConvertCall(
         source=str(stock["hf_path"]),
         out=str(stock["mlx_path"]),
-        options=options_from(argparse.Namespace(**_merged(stock, ours)), ConvertOptions),
+        options=options_from(argparse.Namespace(**options), ConvertOptions, prefix="optiq-"),
     )
 
 

@@ -9,13 +9,13 @@ import functools
 import inspect
 import io
 import sys
-from contextlib import ExitStack, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mlx_optiq_ext.errors import OptiqError, OutputExists, PatchConflict
-from mlx_optiq_ext.patches.bindings import replace
+from mlx_optiq_ext.patches.bindings import rebind, replace
 from mlx_optiq_ext.patches.patch import Patch, Undo, require_callable, require_list
 
 __all__ = ["OPTION_PREFIX", "PATCH", "RECIPE"]
@@ -48,15 +48,25 @@ def _apply(module: ModuleType) -> Undo:
     main = require_callable(module, "main")
     if RECIPE in recipes:
         raise PatchConflict(f"{module.__name__}.QUANT_RECIPES has {RECIPE!r} already, from someone else")
-    with ExitStack() as undo:
-        # The parser holds this very list as its choices, so it grows in place.
-        recipes.append(RECIPE)
-        undo.callback(recipes.remove, RECIPE)
-        undo.callback(replace(module, "configure_parser", _wrap_configure_parser(configure_parser)))
-        undo.callback(replace(module, "main", _wrap_main(main)))
-        undo.callback(replace(module, "convert", _wrap_convert(convert)))
-        kept = undo.pop_all()
-    return kept.close
+    stale = getattr(sys.modules.get("mlx_lm"), "convert", None)
+    if hasattr(stale, _MARK):  # a reload gave the module new functions; the package kept the wrapped old one
+        rebind(stale, convert)
+    undo_names = replace(
+        module,
+        {
+            "configure_parser": _wrap_configure_parser(configure_parser),
+            "main": _wrap_main(main),
+            "convert": _wrap_convert(convert),
+        },
+    )
+    recipes.append(RECIPE)  # in place: the parser offers this very list
+
+    def undo() -> None:
+        undo_names()
+        if RECIPE in recipes:
+            recipes.remove(RECIPE)
+
+    return undo
 
 
 def _is_applied(module: ModuleType) -> bool:

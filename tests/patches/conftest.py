@@ -1,0 +1,150 @@
+"""A wheel of this checkout, environments with and without it, and a tiny random model."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mlx_optiq_ext import _hook
+
+ROOT = Path(__file__).parents[2]
+OUR_VARIABLES = ("MLX_OPTIQ_DISABLE", "MLX_OPTIQ_STRICT", "PYTHONPATH", "PYTHONHOME")
+
+
+class Environment:
+    """A virtual environment with our wheel or without."""
+
+    def __init__(self, folder: Path, wheel: Path | None = None) -> None:
+        venv.create(folder, with_pip=wheel is not None, symlinks=True)
+        self.python = folder / "bin" / "python"
+        self.site = (
+            folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        )
+        if wheel is not None:
+            words: Sequence[str | Path] = (
+                "-m",
+                "pip",
+                "install",
+                "--no-deps",
+                "--no-index",
+                "--quiet",
+                wheel,
+            )
+            done = self.run(*words, cwd=folder)
+            assert done.returncode == 0, done.stderr
+
+    def with_outer_packages(self) -> "Environment":
+        """Let it see the packages of the running interpreter, but not their start-up files."""
+        outer = {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}
+        (self.site / "outer.pth").write_text("\n".join(sorted(outer)) + "\n")
+        return self
+
+    def run(self, *words: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run the environment's Python with these arguments."""
+        env = {name: value for name, value in os.environ.items() if name not in OUR_VARIABLES}
+        env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | variables
+        command = [str(self.python), *map(str, words)]
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = f"from hatchling.build import build_wheel; build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Without our package: stock mlx-lm."""
+    return Environment(tmp_path_factory.mktemp("bare")).with_outer_packages()
+
+
+@pytest.fixture(scope="session")
+def hooked(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """After a plain ``pip install`` of our wheel."""
+    return Environment(tmp_path_factory.mktemp("hooked"), wheel).with_outer_packages()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, wheel: Path) -> Environment:
+    """Our wheel and nothing else, for one test to spoil."""
+    return Environment(tmp_path / "fresh", wheel)
+
+
+@pytest.fixture(scope="session")
+def console_script() -> Path:
+    """mlx-lm's own ``mlx_lm.convert``, as pip wrote it."""
+    found = shutil.which("mlx_lm.convert", path=sysconfig.get_path("scripts"))
+    if found is None:
+        pytest.skip("mlx-lm's console scripts are not installed beside this Python")
+    return Path(found)
+
+
+@pytest.fixture
+def convert_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Stock ``mlx_lm.convert``, whatever the start-up file of the test environment did."""
+    for variable in OUR_VARIABLES[:2]:
+        monkeypatch.delenv(variable, raising=False)
+    was_hooked = any(isinstance(finder, _hook._Finder) for finder in sys.meta_path)
+    module = importlib.import_module("mlx_lm.convert")
+    _hook.uninstall()
+    yield module
+    _hook.uninstall()
+    if was_hooked:
+        _hook.install()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-block Llama with a byte tokenizer, as a Hugging Face folder."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    folder.mkdir()
+    vocabulary = {
+        token: index for index, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 320,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "eos_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.random.seed(0)
+    weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
+    halves = {name: weight.astype(mx.float16) for name, weight in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), halves, metadata={"format": "pt"})
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    return folder
