@@ -6,7 +6,7 @@ tokens, never swallowed. Knows nothing of files or windows.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +19,7 @@ __all__ = ["FORM_NOTES", "Form", "Rendered", "render_record"]
 Form = Literal["text", "template", "tools_as_text", "system_in_user", "plain"]
 
 FORM_NOTES: dict[Form, str] = {
-    "tools_as_text": "the chat template does not take tools: they, calls and results are written as text in its turns",
+    "tools_as_text": "the chat template does not take tools: tools, calls and results are text in its turns",
     "system_in_user": "the chat template takes no system message: put at the head of the first user turn",
     "plain": "no usable chat template: written as plain 'Role: content' paragraphs",
 }
@@ -35,6 +35,14 @@ _REFUSALS = (
     NotImplementedError,
 )
 _WORD = re.compile(r"[A-Za-z0-9]{3,}")
+
+_DATE_FIELDS = {"%Y": "2024", "%m": "07", "%d": "01", "%b": "Jul", "%B": "July", "%A": "Monday", "%y": "24"}
+# The template's own name for the clock, defined anew at its head.
+_DATE_MACRO = (
+    "{%- macro strftime_now(pattern) -%}{{ pattern"
+    + "".join(f" | replace('{field}', '{value}')" for field, value in _DATE_FIELDS.items())
+    + " }}{%- endmacro -%}"
+)
 
 Message = dict[str, Any]
 
@@ -88,31 +96,25 @@ def _apply_template(
     tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None
 ) -> str | None:
     """Rendered conversation, or None where the template refuses it."""
-    # Some templates print the current date; a fixed one keeps the tokens the same on every day. Templates
-    # written in Python take no such argument, hence the second attempt.
-    extras: tuple[dict[str, Callable[[str], str]], ...] = ({"strftime_now": _fixed_date}, {})
-    for extra in extras:
-        try:
-            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **extra)
-        except _REFUSALS:
-            continue
-        return text if isinstance(text, str) else None
-    return None
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, **_fixed_date(tokenizer, tools)
+        )
+    except _REFUSALS:
+        return None
+    return text if isinstance(text, str) else None
 
 
-def _fixed_date(pattern: str) -> str:
-    """The date that templates see: 1 July 2024, in the format they ask for."""
-    fields = {
-        "Y": "2024",
-        "m": "07",
-        "d": "01",
-        "b": "Jul",
-        "B": "July",
-        "A": "Monday",
-        "a": "Mon",
-        "y": "24",
-    }
-    return re.sub(r"%-?([A-Za-z])", lambda match: fields.get(match[1], "00"), pattern)
+def _fixed_date(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str, str]:
+    """Arguments that make a template which prints today's date print 1 July 2024, on every day."""
+    if not hasattr(tokenizer, "get_chat_template"):
+        return {}
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except _REFUSALS:
+        return {}
+    dated = isinstance(template, str) and "strftime_now" in template
+    return {"chat_template": _DATE_MACRO + template} if dated else {}
 
 
 def _holds_everything(
