@@ -10,7 +10,6 @@ demo: .venv/ready
 	bash benchmarks/demo.sh
 
 test: lint
-	bash benchmarks/small_model.sh demo >/dev/null
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not clients"
 
 lint: .venv/ready
