@@ -1,0 +1,50 @@
+"""Compare checkpoints with their reference on held-out text.
+
+Prints one table: true stored bits, divergence with its interval, ratio to the first checkpoint, agreement,
+perplexity. `--uniform 4,5,6` adds the reference quantized uniformly, as stock mlx-lm would.
+"""
+
+import argparse
+from pathlib import Path
+
+from mlx_optiq_ext.cli.arguments import add_options, options_from
+from mlx_optiq_ext.cli.console import Console, format_table
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.eval.score import parse_uniform, score
+from mlx_optiq_ext.formats.atomic import write_bytes_atomic
+from mlx_optiq_ext.formats.score import encode_score
+from mlx_optiq_ext.hub.resolve import resolve_model
+from mlx_optiq_ext.quant.report import comparison_table
+from mlx_optiq_ext.types.options import ScoreOptions
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``optiq score``."""
+    parser.add_argument("reference", metavar="REF", help="The unquantized model: Hub id or folder.")
+    parser.add_argument(
+        "candidates", metavar="CAND", nargs="*", help="Checkpoints of it: Hub ids or folders."
+    )
+    parser.add_argument("--revision", default=None, help="Hub revision of REF (branch, tag or commit).")
+    parser.add_argument(
+        "-o", "--out", default=None, metavar="FILE", help="Also write the scores to this JSON file."
+    )
+    add_options(parser, ScoreOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print the table."""
+    console = Console.from_args(args)
+    options = options_from(args, ScoreOptions)
+    if not args.candidates and not parse_uniform(options.uniform):
+        raise UsageError("nothing to score: name a checkpoint or give --uniform 4,5,6")
+    reference = resolve_model(args.reference, args.revision, progress=console.progress)
+    candidates = [resolve_model(source, None, progress=console.progress) for source in args.candidates]
+    report = score(reference, candidates, options, console.progress)
+    if args.out is not None:
+        write_bytes_atomic(Path(args.out), encode_score(report))
+    table = comparison_table(report)
+    text = format_table(table.columns, table.rows, title=table.title)
+    console.result(report, f"{text}\n{table.note}")
+    return 0
