@@ -200,7 +200,8 @@ def _priced_pins(plan: _Plan, solution: Solution, budget_bits: int) -> tuple[Pin
     """
     free = _solve(plan, plan.free, budget_bits)
     items = _items(plan.free, speed_weight=plan.options.speed_weight)
-    pins, costs = [], []
+    pins: list[Pin] = []
+    costs: list[float] = []
     for menu, bounded, item, own, pick in zip(
         plan.free, plan.menus, items, free.picks, solution.picks, strict=True
     ):
@@ -215,8 +216,12 @@ def _priced_pins(plan: _Plan, solution: Solution, budget_bits: int) -> tuple[Pin
         reason = forced.reason if forced else _floor_reason(menu)
         pins.append(Pin(path=menu.unit.path, choice=chosen.choice, reason=reason, cost_bits=extra_bits))
     total = max(solution.objective - free.objective, 0.0)
-    share = total / sum(costs) if sum(costs) > 0 else 0.0
-    return tuple(replace(pin, cost_divergence=cost * share) for pin, cost in zip(pins, costs, strict=True))
+    # With few units a pin can be free at the price of a bit and yet push others down: share by bits then.
+    weights = costs if sum(costs) > 0 else [abs(pin.cost_bits) + 1 for pin in pins]
+    return tuple(
+        replace(pin, cost_divergence=total * weight / sum(weights))
+        for pin, weight in zip(pins, weights, strict=True)
+    )
 
 
 def _floor_reason(menu: Menu) -> str:
