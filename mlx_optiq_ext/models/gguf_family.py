@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 import numpy as np
 
-from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.errors import UnsupportedModel, UsageError
 from mlx_optiq_ext.models.gguf_file import GgufFile, GgufTensor
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "FamilyPlan", "PlannedTensor", "plan_family"]
@@ -96,10 +96,12 @@ def plan_family(file: GgufFile) -> FamilyPlan:
 def _shared_config(file: GgufFile, arch: str, family: _Family) -> dict[str, Any]:
     """The part of config.json that all families here have in common."""
     embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise UnsupportedModel(f"{file.path.name}: no tensor token_embd.weight; this is not a language model")
     width, heads = file.integer(f"{arch}.embedding_length"), file.integer(f"{arch}.attention.head_count")
-    head_dim = file.integer(f"{arch}.attention.key_length", width // heads)
+    if embedding is None or embedding.shape[1:] != (width,):
+        raise UnsupportedModel(
+            f"{file.path.name}: no tensor token_embd.weight of width {width}; this is not a language model"
+        )
+    head_dim = file.integer(f"{arch}.attention.key_length", width // max(heads, 1))
     rotary_dim = file.integer(f"{arch}.rope.dimension_count", head_dim)
     if rotary_dim != head_dim:
         raise UnsupportedModel(
@@ -146,13 +148,15 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     """Recover the Llama-3 scaling from its table of per-frequency divisors, and check it against them."""
     tensor = file.tensors[_ROTARY_FACTORS]
     table = tensor.block_type.decode(file.raw(tensor)).reshape(-1)
+    if table.shape != (config["head_dim"] // 2,):
+        raise UsageError(f"{file.path.name}: {_ROTARY_FACTORS} has shape {table.shape}; the file is damaged")
     low, high, original = 1.0, 4.0, 8192
     factor = float(table.max())
     dims = config["head_dim"]
     wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dims, 2) / dims)
     blend = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
     expected = 1.0 / ((1 - blend) / factor + blend)
-    if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-3):
+    if not np.allclose(table, expected, rtol=1e-3):
         raise UnsupportedModel(
             f"{file.path.name}: its table of rotary factors is not the Llama-3 rule (low 1, high 4, context"
             " 8192); take the model's original folder"
@@ -186,6 +190,11 @@ def _plan_tensor(
     if family.interleaved and part in ("attn_q", "attn_k"):
         change = "rotary_order"
         num_heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        if tensor.shape[:1] != (num_heads * config["head_dim"],) or config["head_dim"] % 2:
+            raise UsageError(
+                f"{file.path.name}: tensor {tensor.name} {tensor.shape} does not hold {num_heads} heads of"
+                f" {config['head_dim']} rows; the file is damaged"
+            )
     return PlannedTensor(
         source=tensor, name=f"model.layers.{index}.{target}.{leaf}", change=change, num_heads=num_heads
     )

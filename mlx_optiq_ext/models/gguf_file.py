@@ -88,6 +88,8 @@ class GgufFile(msgspec.Struct, frozen=True, kw_only=True):
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._wrong(key, "a number", value)
+        if not math.isfinite(value):
+            raise self._wrong(key, "a finite number", value)
         return float(str(np.float32(value)))
 
     def text(self, key: str, default: str | None = None) -> str:

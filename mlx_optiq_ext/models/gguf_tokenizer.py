@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.errors import UnsupportedModel, UsageError
 from mlx_optiq_ext.models.gguf_file import GgufFile
 from mlx_optiq_ext.models.gguf_sentencepiece import sentencepiece_parts
 
@@ -70,6 +70,7 @@ def rebuild_tokenizer(file: GgufFile) -> TokenizerFiles:
         UsageError: The vocabulary is missing or damaged.
     """
     model = file.text("tokenizer.ggml.model")
+    _check_vocabulary(file)
     special = _special_tokens(file)
     if model == "gpt2":
         parts = _byte_level_parts(file)
@@ -96,6 +97,25 @@ def rebuild_tokenizer(file: GgufFile) -> TokenizerFiles:
         special_tokens_map=special_map,
         special=special,
     )
+
+
+def _check_vocabulary(file: GgufFile) -> None:
+    """Make sure that tokens, their types and the merges belong together."""
+    tokens, merges = file.texts("tokenizer.ggml.tokens"), file.texts("tokenizer.ggml.merges")
+    kinds = file.numbers("tokenizer.ggml.token_type")
+    known = set(tokens)
+    if not tokens or len(known) != len(tokens):
+        raise UsageError(
+            f"{file.path.name}: {len(tokens)} tokens, {len(known)} different; the file is damaged"
+        )
+    if kinds is not None and len(kinds) != len(tokens):
+        raise UsageError(
+            f"{file.path.name}: {len(kinds)} token types for {len(tokens)} tokens; the file is damaged"
+        )
+    for merge in merges:
+        left, right = _split_merge(merge)
+        if not (left in known and right in known and left + right in known):
+            raise UsageError(f"{file.path.name}: merge {merge!r} joins unknown tokens; the file is damaged")
 
 
 def _special_tokens(file: GgufFile) -> SpecialTokens:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -77,7 +78,7 @@ class _locked:  # noqa: N801 - reads as the verb it is
         self._file.close()
 
 
-def _give_up(reason: str) -> None:
+def _give_up(reason: str) -> NoReturn:
     """Skip on a developer's machine; fail in CI, where a missing model must not pass for a green run."""
     if os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(reason)
