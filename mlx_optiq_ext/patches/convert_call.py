@@ -77,8 +77,11 @@ def run_call(call: ConvertCall) -> None:
     from mlx_optiq_ext.patches.console import StderrProgress
     from mlx_optiq_ext.quant.convert import convert_model
 
-    reference = resolve_model(call.source, call.options.measure.revision)
+    measure = call.options.measure
     with StderrProgress() as progress:
+        reference = resolve_model(
+            call.source, measure.revision, progress, trust_remote_code=measure.trust_remote_code
+        )
         convert_model(reference, call.options, Path(call.out), progress=progress)
     print(f"[INFO] Wrote {call.out}")
 
