@@ -9,7 +9,7 @@ from itertools import combinations
 import msgspec
 import numpy as np
 
-from mlx_optiq_ext.measure.statistics import spearman
+from mlx_optiq_ext.measure.intervals import spearman
 from mlx_optiq_ext.types.quant import Choice, Probe, SensitivityTable
 
 __all__ = ["DomainAgreement", "domain_rank_correlation"]

@@ -1,182 +1,268 @@
-"""Means with their uncertainty, paired comparisons and rank correlation; NumPy only.
+"""Second-order statistics of one quantizable tensor, and the divergence that a weight error costs.
 
-Positions of one window depend on each other, so the window, not the position, is what counts as one sample.
+For a linear with inputs x_t and output gradients g_t of the sampled loss, the diagonal Fisher is
+F = E_t[g_t² x_tᵀ²] and an error E costs ½ Σ F_ij E_ij² nats per token. F is formed for a few rows at a time,
+used, and dropped; what survives is one number per choice and window. Knows nothing of how errors arise.
+Source: diagonal Fisher of the sampled (true) distribution, as in Martens, "New insights and perspectives on
+the natural gradient method" (2020), §§ 5, 9; quadratic form of the KL divergence, ibid. eq. 6.
 """
 
-import math
-from typing import Any
+from typing import Protocol
 
-import msgspec
+import mlx.core as mx
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 
-from mlx_optiq_ext.errors import MeasurementError
+from mlx_optiq_ext.models.taps import Capture
 
-__all__ = ["Estimate", "by_domain", "estimate_mean", "paired_difference", "paired_ratio", "spearman"]
+__all__ = [
+    "EmbeddingStatistics",
+    "ExpertStatistics",
+    "LinearStatistics",
+    "UnitStatistics",
+    "statistics_of",
+]
 
-_Floats = NDArray[np.float64]
-_Z95 = 1.959963984540054
-# Two-sided 95 % points of Student's t for 1 to 6 degrees of freedom, where the expansion below is too coarse.
-_T95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912)
-
-
-class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """A mean over windows, its standard error and its 95 % interval."""
-
-    mean: float
-    stderr: float
-    """Zero where there is one window only: then nothing is known about the spread."""
-    num_windows: int
-    low: float
-    high: float
+Floats = npt.NDArray[np.float64]
+_PRIOR_HITS = 4.0
+"""Pseudo-observations that pull a rarely used expert towards the mean of its layer."""
 
 
-def estimate_mean(values: ArrayLike, domain_index: ArrayLike | None = None) -> Estimate:
-    """Mean of a per-position or per-window quantity, with the spread over windows.
+class UnitStatistics(Protocol):
+    """What one tensor's captures tell about it."""
 
-    Args:
-        values: Shape (W, T) or (W,); positions are averaged within their window first.
-        domain_index: Domain of every window, (W,). With it the mean is the mean of the domain means, and
-            where every domain has two windows or more, only the spread within domains counts as error.
-    Returns:
-        Estimate; its interval uses Student's t.
-    Raises:
-        MeasurementError: No windows, or values that are not finite.
-    """
-    windows = _window_means(values)
-    count = len(windows)
-    if domain_index is None:
-        groups = [windows]
-    else:
-        domains = _domains(domain_index, count)
-        groups = [windows[domains == domain] for domain in np.unique(domains)]
-    mean = float(np.mean([group.mean() for group in groups]))
-    if min(len(group) for group in groups) >= 2:
-        variance = sum(float(group.var(ddof=1)) / len(group) for group in groups) / len(groups) ** 2
-        freedom = count - len(groups)
-    else:
-        variance = float(windows.var(ddof=1)) / count if count > 1 else 0.0
-        freedom = count - 1
-    return _estimate(mean, math.sqrt(variance), count, freedom)
+    def importance(self) -> mx.array:
+        """E[x_j²] per input column: (I,), or (E, I) for experts; float32."""
+        ...
+
+    def gram(self) -> mx.array:
+        """E[x xᵀ]: (I, I), or (E, I, I) for experts; float32."""
+        ...
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """Cost of errors in the rows (experts, embedding rows) from ``start`` on.
+
+        Args:
+            start: First row, or first expert.
+            errors: One error per choice, each (n, I), or (n, O, I) for experts; float32.
+        Returns:
+            (C, W) nats per token of each window.
+        """
+        ...
 
 
-def by_domain(values: ArrayLike, domain_index: ArrayLike, num_domains: int) -> tuple[float, ...]:
-    """Mean per domain, in the order of the indices; NaN for a domain without windows.
+class LinearStatistics:
+    """Statistics of an ordinary linear.
 
     Args:
-        values: Shape (W, T) or (W,).
-        domain_index: Shape (W,), in 0 … ``num_domains`` − 1.
-        num_domains: Length of the result.
+        x: Inputs per item, each (n, I).
+        g: Output gradients per item, each (n, O).
+        windows: Window of each item.
+        positions: Positions per item that the loss was summed over (T).
+        num_windows: W.
     """
-    windows = _window_means(values)
-    domains = _domains(domain_index, len(windows))
-    groups = (windows[domains == domain] for domain in range(num_domains))
-    return tuple(float(group.mean()) if group.size else math.nan for group in groups)
+
+    def __init__(
+        self, x: list[mx.array], g: list[mx.array], windows: list[int], positions: int, num_windows: int
+    ) -> None:
+        self._x = [a.astype(mx.float32) for a in x]
+        self._g2 = [mx.square(a.astype(mx.float32)) for a in g]
+        self._windows = windows
+        self._scale = 0.5 * num_windows / (positions * len(windows))
+        self._num_windows = num_windows
+
+    def importance(self) -> mx.array:
+        """E[x_j²] (I,)."""
+        rows = sum(a.shape[0] for a in self._x)
+        return mx.stack([mx.sum(mx.square(a), axis=0) for a in self._x]).sum(axis=0) / rows
+
+    def gram(self) -> mx.array:
+        """E[x xᵀ] (I, I)."""
+        x = mx.concatenate(self._x)
+        return (x.T @ x) / x.shape[0]
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """See :meth:`UnitStatistics.divergence`; evaluates. Memory: (W + C) copies of the rows."""
+        stop = start + errors[0].shape[0]
+        squared = mx.stack([mx.square(e).reshape(-1) for e in errors])
+        result = np.zeros((len(errors), self._num_windows))
+        for x, g2, window in zip(self._x, self._g2, self._windows, strict=True):
+            fisher = (g2[:, start:stop].T @ mx.square(x)).reshape(-1)
+            result[:, window] += self._scale * np.array(squared @ fisher, dtype=np.float64)
+        return result
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike, domain_index: ArrayLike | None = None) -> Estimate:
-    """Mean of ``first − second`` scored on the same windows; negative: the first is smaller.
+class ExpertStatistics:
+    """Statistics of experts (or heads) that share one tensor (E, O, I); only routed rows count.
 
-    Pairing removes what both share (some windows are harder for every model), which makes the interval far
-    narrower than that of two separate means.
-
-    Raises:
-        MeasurementError: The two do not have the same windows.
+    Args:
+        x: Routed inputs per item, each (n, I).
+        g: Gradients per item, each (n, O).
+        experts: Expert of each row per item, each (n,).
+        windows: Window of each item.
+        positions: Positions per item (T).
+        num_windows: W.
+        num_experts: E.
     """
-    a, b = _pair(first, second)
-    return estimate_mean(a - b, domain_index)
+
+    def __init__(
+        self,
+        x: list[mx.array],
+        g: list[mx.array],
+        experts: list[npt.NDArray[np.int64]],
+        windows: list[int],
+        positions: int,
+        num_windows: int,
+        num_experts: int,
+    ) -> None:
+        self._x = mx.concatenate(x).astype(mx.float32)
+        self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
+        owner = np.concatenate(experts)
+        window = np.concatenate([np.full(len(e), w) for e, w in zip(experts, windows, strict=True)])
+        self._rows = [np.flatnonzero(owner == e) for e in range(num_experts)]
+        self._window = window
+        self._num_windows = num_windows
+        hits, tokens = len(owner), positions * len(windows)
+        self._scale = 0.5 * num_windows * (hits / tokens) / (hits + num_experts * _PRIOR_HITS)
+        self._mean_fisher = (self._g2.T @ mx.square(self._x)) / max(hits, 1)
+
+    @property
+    def hits(self) -> list[int]:
+        """Routed rows per expert: the coverage."""
+        return [len(rows) for rows in self._rows]
+
+    def importance(self) -> mx.array:
+        """E[x_j²] per expert (E, I), rarely used experts pulled towards the mean of all."""
+        mean = mx.mean(mx.square(self._x), axis=0)
+        per_expert = [
+            (mx.sum(mx.square(self._x[mx.array(rows)]), axis=0) + _PRIOR_HITS * mean) / (len(rows) + _PRIOR_HITS)
+            if len(rows)
+            else mean
+            for rows in self._rows
+        ]
+        return mx.stack(per_expert)
+
+    def gram(self) -> mx.array:
+        """E[x xᵀ] per expert (E, I, I), pulled towards the mean of all as in :meth:`importance`."""
+        mean = (self._x.T @ self._x) / self._x.shape[0]
+        grams = []
+        for rows in self._rows:
+            if not len(rows):
+                grams.append(mean)
+                continue
+            x = self._x[mx.array(rows)]
+            grams.append((x.T @ x + _PRIOR_HITS * mean) / (len(rows) + _PRIOR_HITS))
+        return mx.stack(grams)
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """See :meth:`UnitStatistics.divergence`; evaluates."""
+        result = np.zeros((len(errors), self._num_windows))
+        squared = [mx.square(e) for e in errors]
+        width = errors[0].shape[1]
+        for e in range(errors[0].shape[0]):
+            own = mx.stack([s[e] for s in squared])
+            prior = np.array(mx.sum(own * self._mean_fisher, axis=(1, 2)), dtype=np.float64)
+            result += (self._scale * _PRIOR_HITS / self._num_windows) * prior[:, None]
+            rows = self._rows[start + e]
+            if not len(rows):
+                continue
+            pick = mx.array(rows)
+            outputs = (mx.square(self._x[pick]) @ own.reshape(-1, own.shape[-1]).T).reshape(len(rows), -1, width)
+            cost = np.array(mx.sum(outputs * self._g2[pick][:, None, :], axis=-1), dtype=np.float64)
+            np.add.at(result.T, self._window[rows], self._scale * cost)
+        return result
 
 
-def paired_ratio(first: ArrayLike, second: ArrayLike) -> Estimate:
-    """Ratio of the means of two quantities scored on the same windows, by the jackknife over windows.
+class EmbeddingStatistics:
+    """Statistics of an embedding table on its input side: only rows that were looked up count.
 
-    Raises:
-        MeasurementError: The two do not have the same windows, or the second has mean zero.
+    Args:
+        ids: Token ids per item, each (n,).
+        g: Gradients of the looked-up rows per item, each (n, D).
+        windows: Window of each item.
+        positions: Positions per item (T).
+        num_windows: W.
     """
-    a, b = _pair(first, second)
-    count = len(a)
-    if b.sum() == 0:
-        raise MeasurementError("the ratio of two means is undefined: the second is zero in every window")
-    ratio = float(a.sum() / b.sum())
-    if count == 1:
-        return _estimate(ratio, 0.0, 1, 0)
-    left_out = (a.sum() - a) / (b.sum() - b)
-    variance = (count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum())
-    return _estimate(ratio, math.sqrt(variance), count, count - 1)
+
+    def __init__(
+        self,
+        ids: list[npt.NDArray[np.int64]],
+        g: list[mx.array],
+        windows: list[int],
+        positions: int,
+        num_windows: int,
+    ) -> None:
+        self._ids = np.concatenate(ids)
+        self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
+        self._window = np.concatenate([np.full(len(i), w) for i, w in zip(ids, windows, strict=True)])
+        self._num_windows = num_windows
+        self._scale = 0.5 * num_windows / (positions * len(windows))
+
+    def importance(self) -> mx.array:
+        """E[g_j²] per column (D,): how much an error in that column of a row is felt."""
+        return mx.mean(self._g2, axis=0)
+
+    def gram(self) -> mx.array:
+        """Diagonal of :meth:`importance`: lookups do not mix columns."""
+        return mx.diag(self.importance())
+
+    def divergence(self, start: int, errors: list[mx.array]) -> Floats:
+        """See :meth:`UnitStatistics.divergence`; evaluates."""
+        result = np.zeros((len(errors), self._num_windows))
+        here = np.flatnonzero((self._ids >= start) & (self._ids < start + errors[0].shape[0]))
+        if not len(here):
+            return result
+        rows, g2 = mx.array(self._ids[here] - start), self._g2[mx.array(here)]
+        for c, error in enumerate(errors):
+            cost = np.array(mx.sum(mx.square(error[rows]) * g2, axis=-1), dtype=np.float64)
+            np.add.at(result[c], self._window[here], self._scale * cost)
+        return result
 
 
-def spearman(first: ArrayLike, second: ArrayLike) -> float:
-    """Rank correlation in −1 … 1, equal values sharing their average rank.
+def statistics_of(
+    captures: list[tuple[int, Capture]], weight_shape: tuple[int, ...], positions: int, num_windows: int
+) -> UnitStatistics:
+    """Choose and build the statistics for one tensor from all its captures.
 
-    Returns:
-        NaN for fewer than two values, or where one side is constant.
-    Raises:
-        MeasurementError: Lengths differ, or a value is not finite.
-    Source: Spearman 1904; Pearson's coefficient of average ranks.
+    Args:
+        captures: (window, capture) of every item; a module called twice appears twice.
+        weight_shape: (O, I), or (E, O, I).
+        positions: T.
+        num_windows: W.
     """
-    a, b = (np.asarray(values, dtype=np.float64).ravel() for values in (first, second))
-    if a.shape != b.shape:
-        raise MeasurementError(f"rank correlation of {a.size} with {b.size} values")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise MeasurementError("rank correlation of values that are not finite")
-    if a.size < 2:
-        return math.nan
-    x, y = (_average_ranks(values) - (a.size + 1) / 2 for values in (a, b))
-    scale = math.sqrt(float(x @ x) * float(y @ y))
-    return float(np.clip((x @ y) / scale, -1.0, 1.0)) if scale else math.nan
+    windows = [w for w, _ in captures]
+    first = captures[0][1].call
+    if mx.issubdtype(first.x.dtype, mx.integer):
+        ids = [np.array(c.call.x, dtype=np.int64).reshape(-1) for _, c in captures]
+        gradients = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
+        return EmbeddingStatistics(ids, gradients, windows, positions, num_windows)
+    if len(weight_shape) == 2:
+        xs = [c.call.x.reshape(-1, c.call.x.shape[-1]) for _, c in captures]
+        gs = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
+        return LinearStatistics(xs, gs, windows, positions, num_windows)
+    rows = [_routed_rows(c) if c.call.experts is not None else _head_rows(c, weight_shape[0]) for _, c in captures]
+    return ExpertStatistics(
+        [x for x, _, _ in rows], [g for _, g, _ in rows], [e for _, _, e in rows],
+        windows, positions, num_windows, weight_shape[0],
+    )  # fmt: skip
 
 
-def _average_ranks(values: _Floats) -> _Floats:
-    """Ranks from 1; equal values get the mean of the ranks they occupy."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank = last - (counts - 1) / 2
-    return np.asarray(mean_rank[inverse.ravel()], dtype=np.float64)
+def _routed_rows(capture: Capture) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
+    """Inputs (n, I), gradients (n, O) and experts (n,) of a switch layer's call, sorted or not."""
+    experts = capture.call.experts
+    assert experts is not None
+    x = capture.call.x.squeeze(-2)
+    x = mx.broadcast_to(x, (*experts.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    return x, capture.g.reshape(-1, capture.g.shape[-1]), np.array(experts, dtype=np.int64).reshape(-1)
 
 
-def _window_means(values: ArrayLike) -> _Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim == 0 or array.size == 0:
-        raise MeasurementError(f"nothing to average: values have shape {array.shape}")
-    means: _Floats = array.reshape(len(array), -1).mean(axis=1)
-    if not np.isfinite(means).all():
-        bad = int(np.flatnonzero(~np.isfinite(means))[0])
-        raise MeasurementError(f"window {bad} holds values that are not finite")
-    return means
-
-
-def _domains(domain_index: ArrayLike, count: int) -> NDArray[Any]:
-    domains = np.asarray(domain_index)
-    if domains.shape != (count,):
-        raise MeasurementError(f"domain_index has shape {domains.shape}, but there are {count} windows")
-    return domains
-
-
-def _pair(first: ArrayLike, second: ArrayLike) -> tuple[_Floats, _Floats]:
-    a, b = _window_means(first), _window_means(second)
-    if a.shape != b.shape:
-        raise MeasurementError(
-            f"paired values of {len(a)} and {len(b)} windows; score both on the same windows"
-        )
-    return a, b
-
-
-def _estimate(mean: float, stderr: float, count: int, freedom: int) -> Estimate:
-    reach = _t95(freedom) * stderr
-    return Estimate(mean=mean, stderr=stderr, num_windows=count, low=mean - reach, high=mean + reach)
-
-
-def _t95(freedom: int) -> float:
-    """Two-sided 95 % point of Student's t.
-
-    Source: Abramowitz and Stegun 26.7.5, to the third power of 1/freedom (error below 2e-3 from 7 on).
-    """
-    if freedom < 1:
-        return 0.0
-    if freedom <= len(_T95):
-        return _T95[freedom - 1]
-    z = _Z95
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+def _head_rows(capture: Capture, num_heads: int) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
+    """The same for per-head linears: inputs (B, H or 1, T, I), gradients (B, H, T, O); swapped where x @ W."""
+    g = capture.g
+    x = mx.broadcast_to(capture.call.x, (*g.shape[:-1], capture.call.x.shape[-1]))
+    axis = next(a for a in range(g.ndim - 1) if g.shape[a] == num_heads)
+    heads = np.broadcast_to(
+        np.arange(num_heads).reshape([-1 if a == axis else 1 for a in range(g.ndim - 1)]), g.shape[:-1]
+    )
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return (g, x, heads.reshape(-1)) if capture.call.transposed else (x, g, heads.reshape(-1))

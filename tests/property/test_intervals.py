@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mlx_optiq_ext.measure.divergence import kl_divergence, kl_loss
-from mlx_optiq_ext.measure.statistics import estimate_mean, paired_difference, spearman
+from mlx_optiq_ext.measure.intervals import estimate_mean, paired_difference, spearman
 
 finite = st.floats(-50, 50, width=32)
 integers = st.lists(st.integers(-5, 5), min_size=3, max_size=30)

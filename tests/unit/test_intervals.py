@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import MeasurementError
-from mlx_optiq_ext.measure.statistics import (
+from mlx_optiq_ext.measure.intervals import (
     by_domain,
     estimate_mean,
     paired_difference,
