@@ -95,21 +95,19 @@ def console_script() -> Path:
 
 
 @pytest.fixture
-def convert_module() -> Iterator[ModuleType]:
-    """Stock ``mlx_lm.convert``, whatever the start-up file of the test environment did.
-
-    It has a monkeypatch of its own: the test's is undone before the start-up state comes back.
-    """
-    with pytest.MonkeyPatch.context() as environment:
-        for variable in OUR_VARIABLES[:2]:
-            environment.delenv(variable, raising=False)
-        was_hooked = any(isinstance(finder, _hook._Finder) for finder in sys.meta_path)
-        module = importlib.import_module("mlx_lm.convert")
-        _hook.uninstall()
-        yield module
-        _hook.uninstall()
-        if was_hooked:
-            _hook.install()
+def convert_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Stock ``mlx_lm.convert``, whatever the start-up file of the test environment did."""
+    for variable in OUR_VARIABLES[:2]:
+        monkeypatch.delenv(variable, raising=False)
+    was_hooked = any(isinstance(finder, _hook._Finder) for finder in sys.meta_path)
+    module = importlib.import_module("mlx_lm.convert")
+    _hook.uninstall()
+    yield module
+    _hook.uninstall()
+    # What the test replaced has to be back before the start-up state returns.
+    monkeypatch.undo()
+    if was_hooked:
+        _hook.install()
 
 
 @pytest.fixture(scope="session")
