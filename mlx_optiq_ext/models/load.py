@@ -55,7 +55,9 @@ def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> Tokeniz
         UnsupportedModel: The folder has no tokenizer that transformers can load.
     """
     try:
-        return _load_tokenizer(Path(ref.path), tokenizer_config_extra={"trust_remote_code": trust_remote_code})
+        return _load_tokenizer(
+            Path(ref.path), tokenizer_config_extra={"trust_remote_code": trust_remote_code}
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UnsupportedModel(
             f"{ref.source}: no usable tokenizer ({error}); the folder needs tokenizer.json and tokenizer_config.json"

@@ -59,7 +59,9 @@ class Reverse:
                 captures = [self._through_block(n, item) for item in range(len(self._windows))]
                 self._grads[n] = []
                 yield NodeCaptures(block, captures)
-        yield NodeCaptures(None, [self._outside_captures(item, d_logits[item]) for item in range(len(d_logits))])
+        yield NodeCaptures(
+            None, [self._outside_captures(item, d_logits[item]) for item in range(len(d_logits))]
+        )
 
     def _tail(self, item: int) -> mx.array:
         """Gradients of the outputs that the tail reads; returns d loss / d logits."""
@@ -115,7 +117,9 @@ class Reverse:
         self._outside[item].append((n, position, gradient))
         self._through_outer((n, position), n, item, lambda _, inputs: inputs[n][position], gradient)
 
-    def _through_outer(self, key: tuple[int, int], before: int, item: int, pick: Pick, gradient: mx.array) -> None:
+    def _through_outer(
+        self, key: tuple[int, int], before: int, item: int, pick: Pick, gradient: mx.array
+    ) -> None:
         """Carry a gradient through the outer function to earlier block outputs that it reads."""
         if key not in self._sources:
             ones = mx.random.normal(gradient.shape, key=mx.random.key(0)).astype(gradient.dtype)

@@ -183,7 +183,10 @@ def logits_of(output: Any) -> mx.array:
 def _grown_axes(one_more: list[tuple[int, ...]], leaves: Iterable[mx.array]) -> list[int | None]:
     """The axis of every leaf that grew with one more window; None where none did."""
     return [
-        next((axis for axis, (big, small) in enumerate(zip(shape, leaf.shape, strict=True)) if big != small), None)
+        next(
+            (axis for axis, (big, small) in enumerate(zip(shape, leaf.shape, strict=True)) if big != small),
+            None,
+        )
         for shape, leaf in zip(one_more, leaves, strict=True)
     ]
 
@@ -191,5 +194,6 @@ def _grown_axes(one_more: list[tuple[int, ...]], leaves: Iterable[mx.array]) -> 
 def _rows(leaves: list[mx.array], axes: list[int | None], windows: Sequence[int]) -> list[mx.array]:
     rows = mx.array(list(windows))
     return [
-        leaf if axis is None else mx.take(leaf, rows, axis=axis) for leaf, axis in zip(leaves, axes, strict=True)
+        leaf if axis is None else mx.take(leaf, rows, axis=axis)
+        for leaf, axis in zip(leaves, axes, strict=True)
     ]

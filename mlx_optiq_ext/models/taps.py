@@ -61,7 +61,9 @@ class UnitTap:
         self._deltas = deltas
         self._head = head
 
-    def __call__(self, module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Note the call, run it, add the delta."""
         path = self._paths[id(module)]
         as_head = bool(kwargs.pop("_as_linear", False)) or path in self._heads

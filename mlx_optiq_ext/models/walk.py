@@ -115,7 +115,11 @@ def fixed_bits(model: nn.Module, units: Iterable[Unit], float_bits: int) -> int:
     keeps_type = getattr(model, "cast_predicate", lambda _: True)
     for name, array in tree_flatten(model.parameters()):
         if name not in weights:
-            cast_to = float_bits if mx.issubdtype(array.dtype, mx.floating) and keeps_type(name) else array.dtype.size * 8
+            cast_to = (
+                float_bits
+                if mx.issubdtype(array.dtype, mx.floating) and keeps_type(name)
+                else array.dtype.size * 8
+            )
             bits += array.size * cast_to
     return bits
 
@@ -153,7 +157,9 @@ def _floor(
         own = Choice(bits=rule["bits"], group_size=rule["group_size"], mode=rule.get("mode", "affine"))
         floor = max((own, floor), key=lambda c: c.bits) if floor else own
     if floor is not None and not floor.fits(module.weight.shape[-1]):
-        group = next((g for g in sorted(AFFINE_GROUPS, reverse=True) if module.weight.shape[-1] % g == 0), None)
+        group = next(
+            (g for g in sorted(AFFINE_GROUPS, reverse=True) if module.weight.shape[-1] % g == 0), None
+        )
         return Choice(bits=floor.bits, group_size=group) if group else KEEP
     return floor
 
@@ -184,5 +190,6 @@ def _mark_untied_embedding(units: tuple[Unit, ...]) -> tuple[Unit, ...]:
     if not any(unit.kind == "head" for unit in units):
         return units
     return tuple(
-        replace(unit, active_share=1.0 / unit.shape[0]) if unit.kind == "embedding" else unit for unit in units
+        replace(unit, active_share=1.0 / unit.shape[0]) if unit.kind == "embedding" else unit
+        for unit in units
     )

@@ -1,0 +1,125 @@
+"""Weight errors of every choice of one tensor, a few rows at a time, and what they cost.
+
+Joins the correction (which error a choice makes) with the statistics (what that error costs). Called by
+``sensitivity``; knows nothing of blocks or files.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_optiq_ext.measure.head import HeadStatistics
+from mlx_optiq_ext.measure.statistics import UnitStatistics
+from mlx_optiq_ext.quant.correct import Level, pack, unpack
+from mlx_optiq_ext.types.quant import Choice
+
+__all__ = ["choice_errors", "divergence_of_choices", "divergence_of_head_choices"]
+
+_CHUNK_WEIGHTS = 1 << 25
+Floats = npt.NDArray[np.float64]
+
+
+def choice_errors(
+    weight: mx.array,
+    choices: Sequence[Choice],
+    *,
+    level: Level,
+    float_dtype: mx.Dtype,
+    importance: mx.array | None,
+    gram: mx.array | None = None,
+) -> Iterator[tuple[int, list[mx.array]]]:
+    """Yield (first row, [error of each choice]) over chunks of rows; errors are float32, evaluated.
+
+    Rows (experts of a stack) are quantized independently, so chunks change nothing.
+
+    Args:
+        weight: (O, I) or (E, O, I).
+        choices: None of them keep.
+        level: Correction.
+        float_dtype: Stored type of scales and biases; also what the weight is cast to first.
+        importance: (I,) or (E, I).
+        gram: (I, I) or (E, I, I), for ``full``.
+    """
+    per_row = weight.size // weight.shape[0]
+    step = max(1, _CHUNK_WEIGHTS // max(per_row, 1))
+    for start in range(0, weight.shape[0], step):
+        rows = weight[start : start + step]
+        exact = rows.astype(mx.float32)
+        own = (
+            importance[start : start + step]
+            if importance is not None and importance.ndim == 2
+            else importance
+        )
+        own_gram = gram[start : start + step] if gram is not None and gram.ndim == 3 else gram
+        errors = []
+        for choice in choices:
+            packed = pack(rows, choice, level=level, float_dtype=float_dtype, importance=own)
+            errors.append(unpack(packed, choice) - exact)
+            mx.eval(errors[-1])
+        yield start, errors
+
+
+def divergence_of_choices(
+    weight: mx.array,
+    statistics: UnitStatistics,
+    choices: Sequence[Choice],
+    *,
+    level: Level,
+    float_dtype: mx.Dtype,
+) -> Floats:
+    """Estimated divergence (C, W) of one tensor at every choice; keep costs nothing."""
+    stored = [c for c in choices if c.mode != "keep"]
+    total = np.zeros((len(choices), 1))
+    if not stored:
+        return total
+    importance = statistics.importance() if level != "none" else None
+    pieces = [
+        statistics.divergence(start, errors)
+        for start, errors in choice_errors(
+            weight,
+            stored,
+            level="fast" if level == "full" else level,
+            float_dtype=float_dtype,
+            importance=importance,
+        )
+    ]
+    costs = np.sum(pieces, axis=0)
+    result = np.zeros((len(choices), costs.shape[1]))
+    result[[choices.index(c) for c in stored]] = costs
+    return result
+
+
+def divergence_of_head_choices(
+    weight: mx.array,
+    head: HeadStatistics,
+    lookups: UnitStatistics | None,
+    choices: Sequence[Choice],
+    *,
+    level: Level,
+    float_dtype: mx.Dtype,
+) -> Floats:
+    """Divergence (C, W) of the head at every choice: exact on the logits, plus the lookups of a tied table."""
+    stored = [c for c in choices if c.mode != "keep"]
+    importance = head.importance() if level != "none" else None
+    changes: list[list[list[mx.array]]] = [[] for _ in stored]
+    costs: Floats = np.zeros((len(stored), 1))
+    for start, errors in choice_errors(
+        weight,
+        stored,
+        level="fast" if level == "full" else level,
+        float_dtype=float_dtype,
+        importance=importance,
+    ):
+        for c, error in enumerate(errors):
+            changes[c].append(head.logit_change(error))
+        if lookups is not None:
+            costs = costs + lookups.divergence(start, errors)
+    joined = [
+        [mx.concatenate(list(parts), axis=-1) for parts in zip(*chunks, strict=True)] for chunks in changes
+    ]
+    costs = costs + head.divergence(joined)
+    result = np.zeros((len(choices), costs.shape[1]))
+    result[[choices.index(c) for c in stored]] = costs
+    return result

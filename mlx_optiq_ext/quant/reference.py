@@ -1,0 +1,129 @@
+"""The reference model of a measurement, prepared: module tree, units, windows, memory.
+
+Knows how a model is held (resident or one block at a time); not what is measured on it.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_optiq_ext.errors import ResourceError
+from mlx_optiq_ext.models.load import (
+    cast_floats,
+    compute_dtype,
+    float_dtype,
+    load_model,
+    load_tokenizer,
+    resident_nbytes,
+)
+from mlx_optiq_ext.models.memory import BlockMemory, StreamedMemory
+from mlx_optiq_ext.models.walk import list_units
+from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.options import MeasureOptions
+from mlx_optiq_ext.types.quant import AFFINE_GROUPS, Choice, Unit
+
+__all__ = ["Reference", "available_nbytes", "open_reference", "parse_candidates"]
+
+
+class Reference:
+    """A model ready to be run block by block.
+
+    Args:
+        ref: Where it is.
+        trust_remote_code: Run code of the checkpoint.
+        how: ``resident``, ``stream``, or ``auto`` (resident where the weights take at most half of the
+            memory that is free).
+    Raises:
+        UnsupportedModel: mlx-lm cannot build it, or it is quantized already.
+        ResourceError: ``resident`` was asked for and does not fit.
+    """
+
+    def __init__(
+        self,
+        ref: ModelRef,
+        *,
+        trust_remote_code: bool = False,
+        how: Literal["auto", "resident", "stream"] = "auto",
+    ) -> None:
+        self.ref = ref
+        self._trust = trust_remote_code
+        self.model, self.config = load_model(ref, trust_remote_code=trust_remote_code)
+        self.stored_dtype = float_dtype(self.model, self.config)
+        self.dtype = compute_dtype(self.stored_dtype)
+        needed, free = resident_nbytes(self.model, self.dtype), available_nbytes()
+        if how == "resident" and needed > free:
+            raise ResourceError(
+                f"{ref.source} takes {needed / 1e9:.1f} GB in {self.dtype} and {free / 1e9:.1f} GB are free; "
+                "use --reference stream, which holds one block at a time"
+            )
+        self.how: Literal["resident", "stream"] = "stream"
+        if how == "resident" or (how == "auto" and needed <= free // 2):
+            self.how = "resident"
+        cast_floats(self.model, self.dtype)
+        self.model.train()  # gives the differentiable form of kernels that have no gradient
+
+    def units(self, candidates: tuple[Choice, ...]) -> tuple[Unit, ...]:
+        """Units with the choices that fit them."""
+        return list_units(self.model, self.config, candidates)
+
+    def memory(self) -> BlockMemory:
+        """What makes a block's weights present for a pass."""
+        if self.how == "resident":
+            mx.eval(self.model.parameters())
+            return BlockMemory()
+        return StreamedMemory(self.model, self.fresh)
+
+    def fresh(self) -> nn.Module:
+        """The same model again with lazy weights."""
+        model, _ = load_model(self.ref, trust_remote_code=self._trust)
+        cast_floats(model, self.dtype)
+        return model
+
+    def tokenizer(self) -> TokenizerWrapper:
+        """The model's tokenizer."""
+        return load_tokenizer(self.ref, trust_remote_code=self._trust)
+
+
+def open_reference(ref: ModelRef, options: MeasureOptions) -> Reference:
+    """Open a model as the options ask."""
+    return Reference(ref, trust_remote_code=options.trust_remote_code, how=options.reference)
+
+
+def parse_candidates(options: MeasureOptions) -> tuple[Choice, ...]:
+    """Choices named by ``--candidate-bits`` and ``--candidate-groups``.
+
+    A bare width stands for itself at every candidate group; one with a group, or a float mode, for itself.
+    """
+    groups = [int(g) for g in options.candidate_groups.split(",") if g.strip()] or [64]
+    for group in groups:
+        if group not in AFFINE_GROUPS:
+            Choice.parse(f"4g{group}")
+    found: dict[Choice, None] = {}
+    for word in options.candidate_bits.split(","):
+        if word.strip():
+            for group in groups:
+                found[Choice.parse(word, default_group=group)] = None
+    return tuple(sorted(found, key=lambda c: (c.bpw(), c)))
+
+
+def available_nbytes() -> int:
+    """Memory that can be used now, in bytes."""
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    if mx.default_device().type != mx.DeviceType.cpu and "max_recommended_working_set_size" in info:
+        return int(info["max_recommended_working_set_size"]) - mx.get_active_memory()
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "darwin":
+        out = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", "hw.memsize"], capture_output=True, text=True, check=False
+        )
+        if out.returncode == 0:
+            return int(out.stdout) * 3 // 4
+    return 8 << 30

@@ -1,0 +1,264 @@
+"""Measure a model: from a checkpoint to a sensitivity table that serves every budget.
+
+Puts together the recorded forward pass, the Fisher statistics, the corrected weight errors and a few exact
+probes. Restartable: finished units are in a journal and are not computed again.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from msgspec.structs import replace
+
+from mlx_optiq_ext import __version__
+from mlx_optiq_ext.errors import MeasurementError, UsageError
+from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.measure.calibration import Windows, load_windows
+from mlx_optiq_ext.measure.fisher import fisher_pass
+from mlx_optiq_ext.measure.head import HeadStatistics
+from mlx_optiq_ext.measure.statistics import ExpertStatistics, UnitStatistics
+from mlx_optiq_ext.models.tape import Tape
+from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
+from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
+from mlx_optiq_ext.quant.journal import Journal, journal_key
+from mlx_optiq_ext.quant.probe import probe_every_choice, probe_uncertain
+from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
+from mlx_optiq_ext.quant.static import static_probes
+from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.options import MeasureOptions
+from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
+from mlx_optiq_ext.types.quant import CalibrationInfo, Probe, SensitivityTable, Unit
+
+__all__ = ["measure_sensitivity"]
+
+_NO_CALIBRATION = CalibrationInfo(source="none", sha256="", num_tokens=0, num_windows=0, domains=())
+_MIN_HITS = 16
+
+
+class _Run(NamedTuple):
+    """Everything one measurement works with."""
+
+    reference: Reference
+    options: MeasureOptions
+    units: tuple[Unit, ...]
+    windows: Windows
+    tape: Tape
+    journal: Journal
+    progress: ProgressSink
+
+
+def measure_sensitivity(
+    ref: ModelRef,
+    options: MeasureOptions,
+    *,
+    journal_file: Path | None = None,
+    progress: ProgressSink = ignore_progress,
+) -> SensitivityTable:
+    """Measure what every choice of every unit costs.
+
+    Args:
+        ref: The model, unquantized.
+        options: See :class:`MeasureOptions`.
+        journal_file: Where finished units are kept; with ``options.resume`` a journal of the same model,
+            calibration, choices and code is continued. None keeps nothing.
+        progress: Stages ``forward``, ``measure``, ``probe``.
+    Raises:
+        ModelError: The model cannot be loaded or has nothing to quantize.
+        MeasurementError: Non-finite values, or too little calibration text.
+        UsageError: An option does not fit the model.
+    Cost: per window one forward, and per label sample one recomputation and one backward pass; one
+        correction of every tensor per choice; ``options.probes`` forward-equivalents of exact probes.
+    """
+    reference = open_reference(ref, options)
+    units = reference.units(parse_candidates(options))
+    if options.method == "static":
+        return _table(reference, options, units, static_probes(units), _NO_CALIBRATION, how="none")
+    windows = load_windows(
+        reference.tokenizer(),
+        source=options.calibration,
+        split="calibration",
+        num_tokens=options.num_tokens,
+        window=options.window,
+    )
+    tape = Tape(reference.model, mx.array(windows.tokens), reference.memory())
+    num_blocks = len(tape.blocks)
+    tape.forward(lambda done: progress(Progress(stage="forward", done=done, total=num_blocks)))
+    key = journal_key(fingerprint(ref), windows.info, options)
+    journal = Journal.open(journal_file, key, resume=options.resume)
+    run = _Run(reference, options, units, windows, tape, journal, progress)
+    if options.method == "kl":
+        if reference.how == "stream":
+            raise UsageError("--method kl needs the model resident; use --method fisher, which streams")
+        probes, cost = probe_every_choice(
+            tape, units, windows, options, reference.stored_dtype, journal, progress
+        )
+        return _table(reference, options, units, probes, windows.info, cost=cost)
+    probes, notes, columns = _estimate(run)
+    cost = 1.0 + 3.0 * options.label_samples
+    exact: list[Probe] = []
+    if options.probes and reference.how == "resident":
+        exact, probe_cost, probe_notes = probe_uncertain(
+            tape, units, probes, windows, options, reference.stored_dtype, progress
+        )
+        cost, notes = cost + probe_cost, notes + probe_notes
+    elif options.probes:
+        notes = (*notes, "no exact probes: the model was streamed")
+    return _table(
+        reference, options, units, (*probes, *exact), windows.info, cost=cost, notes=notes, columns=columns
+    )
+
+
+def _estimate(run: _Run) -> tuple[tuple[Probe, ...], tuple[str, ...], dict[str, tuple[float, ...]]]:
+    """Second-order estimates of every unit × choice, notes, and column importances outside of blocks."""
+    by_path = {path: unit for unit in run.units for path in unit.paths}
+    costs: dict[str, Floats] = dict(run.journal.costs)
+    columns: dict[str, tuple[float, ...]] = {}
+    coverage: list[str] = []
+    lookups: dict[str, UnitStatistics] = {}
+    done = 0
+
+    def report(name: str) -> None:
+        nonlocal done
+        done += 1
+        run.progress(Progress(stage="measure", done=done, total=len(by_path), detail=name))
+
+    for block in fisher_pass(run.tape, samples=run.options.label_samples, seed=run.options.seed):
+        for path, statistics in block.units.items():
+            unit = by_path[path]
+            if block.block is None and unit.kind == "embedding":
+                lookups[path] = statistics
+                columns[path] = tuple(float(v) for v in np.array(statistics.importance()))
+                continue
+            coverage += _coverage_notes(path, statistics)
+            if path not in costs:
+                weight = get_module(run.reference.model, path).weight
+                costs[path] = divergence_of_choices(
+                    weight, statistics, unit.choices,
+                    level=run.options.correction, float_dtype=run.reference.stored_dtype,
+                )  # fmt: skip
+                run.journal.add(path, costs[path])
+            report(path)
+        mx.clear_cache()
+    _outside(run, lookups, costs, report)
+    unseen = [path for path in by_path if path not in costs]
+    notes = (
+        *coverage,
+        *(f"{path}: not run by the calibration text, kept at its widest choice" for path in unseen),
+    )
+    return _probes(run, costs), notes, columns
+
+
+def _outside(
+    run: _Run, lookups: Mapping[str, UnitStatistics], costs: dict[str, Floats], report: object
+) -> None:
+    """Embeddings and head, once everything else is measured."""
+    tied = not run.tape.heads
+    for unit in run.units:
+        is_head = unit.path in run.tape.heads or (
+            tied and unit.kind == "embedding" and _is_token_table(run, unit)
+        )
+        if not is_head and unit.path not in lookups:
+            continue
+        if unit.path not in costs:
+            weight = get_module(run.reference.model, unit.path).weight
+            dtype, level = run.reference.stored_dtype, run.options.correction
+            if is_head:
+                head = HeadStatistics(run.tape)
+                costs[unit.path] = divergence_of_head_choices(
+                    weight, head, lookups.get(unit.path), unit.choices, level=level, float_dtype=dtype
+                )
+            else:
+                costs[unit.path] = divergence_of_choices(
+                    weight, lookups[unit.path], unit.choices, level=level, float_dtype=dtype
+                )
+            run.journal.add(unit.path, costs[unit.path])
+        assert callable(report)
+        report(unit.path)
+
+
+def _is_token_table(run: _Run, unit: Unit) -> bool:
+    """Whether this embedding is the one that serves as head: as many rows as there are logits."""
+    tables = [u for u in run.units if u.kind == "embedding"]
+    return len(tables) == 1 or unit.shape[0] == int(run.tape.logits(0).shape[-1])
+
+
+def _probes(run: _Run, costs: Mapping[str, Floats]) -> tuple[Probe, ...]:
+    """Sum the costs of a unit's paths and average them over windows, per domain and in all."""
+    domain_of = run.windows.domain_index
+    num_domains = len(run.windows.info.domains)
+    probes: list[Probe] = []
+    for unit in run.units:
+        found = [costs[path] for path in unit.paths if path in costs]
+        if not found:
+            continue
+        total = np.sum(found, axis=0)
+        total = np.broadcast_to(total, (total.shape[0], len(domain_of)))
+        for choice, values in zip(unit.choices, total, strict=True):
+            if not np.all(np.isfinite(values)):
+                raise MeasurementError(f"{unit.path} at {choice.label}: the estimate is not finite")
+            by_domain = tuple(float(values[domain_of == d].mean()) for d in range(num_domains))
+            probes.append(
+                Probe(
+                    path=unit.path,
+                    choice=choice,
+                    divergence=float(np.mean(by_domain)),
+                    stderr=float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0,
+                    by_domain=by_domain,
+                )
+            )
+    return tuple(probes)
+
+
+def _coverage_notes(path: str, statistics: UnitStatistics) -> list[str]:
+    if not isinstance(statistics, ExpertStatistics):
+        return []
+    low = sum(1 for hits in statistics.hits if hits < _MIN_HITS)
+    if not low:
+        return []
+    return [
+        f"{path}: {low} of {len(statistics.hits)} experts saw fewer than {_MIN_HITS} tokens; raise --num-tokens"
+    ]
+
+
+def _table(
+    reference: Reference,
+    options: MeasureOptions,
+    units: tuple[Unit, ...],
+    probes: tuple[Probe, ...],
+    calibration: CalibrationInfo,
+    *,
+    how: str | None = None,
+    cost: float = 0.0,
+    notes: tuple[str, ...] = (),
+    columns: dict[str, tuple[float, ...]] | None = None,
+) -> SensitivityTable:
+    """Assemble the table; a unit that nothing was measured of is kept at its widest choice."""
+    measured = {probe.path for probe in probes}
+    kept = tuple(
+        unit if unit.path in measured else replace(unit, choices=unit.choices[-1:]) for unit in units
+    )
+    unmeasured = tuple(
+        Probe(path=unit.path, choice=unit.choices[-1], divergence=0.0)
+        for unit in kept
+        if unit.path not in measured
+    )
+    float_bits = reference.stored_dtype.size * 8
+    return SensitivityTable(
+        model=fingerprint(reference.ref),
+        method=options.method,
+        reference=how or reference.how,  # type: ignore[arg-type]
+        correction=options.correction,
+        calibration=calibration,
+        domains=calibration.domains,
+        units=kept,
+        probes=(*probes, *unmeasured),
+        total_numel=total_numel(reference.model),
+        fixed_bits=fixed_bits(reference.model, units, float_bits),
+        float_bits=float_bits,
+        notes=(*calibration.notes, *notes),
+        forward_equivalents=cost,
+        code_version=__version__,
+        column_importance=columns or {},
+    )
