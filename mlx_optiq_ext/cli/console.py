@@ -5,6 +5,7 @@ tables and JSON documents. Made by each command from its parsed arguments.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,9 @@ class Console:
         self._drawn = now
         line = self._line(event, now)
         if on_terminal:
-            self.err.write(f"\r\x1b[2K{line}")
+            # A line that wraps could not be redrawn.
+            width = shutil.get_terminal_size().columns - 1
+            self.err.write(f"\r\x1b[2K{line[:width]}")
             self._line_open = True
             if ends:
                 self._end_line()

@@ -49,6 +49,13 @@ def test_terminal_is_not_redrawn_faster_than_ten_times_a_second() -> None:
     assert err.getvalue().count("\r") <= 13
 
 
+def test_a_line_never_wraps_on_a_narrow_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    err = _Terminal()
+    Console(err=err).progress(Progress(stage="measure", done=0, total=9, detail="x" * 200))
+    assert len(err.getvalue().removeprefix("\r\x1b[2K")) == 39
+
+
 def test_elsewhere_lines_are_sparse_and_plain() -> None:
     err, clock = io.StringIO(), _Clock()
     console = Console(err=err, clock=clock)
