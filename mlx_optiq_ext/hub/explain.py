@@ -37,7 +37,8 @@ def is_unreachable(error: Exception) -> bool:
     if isinstance(error, errors.HfHubHTTPError):
         status = _status(error)
         return status == 429 or status >= 500
-    return isinstance(error, (_CLIENT_ERROR, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError))
+    no_answer = (_CLIENT_ERROR, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    return isinstance(error, no_answer)
 
 
 def explain_hub_error(error: Exception, repo_id: str, revision: str | None) -> OptiqError:

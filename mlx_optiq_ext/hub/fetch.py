@@ -55,6 +55,8 @@ class RemoteModel(msgspec.Struct, frozen=True, kw_only=True):
     """A repository at one commit, reduced to what mlx-lm reads."""
 
     repo_id: str
+    revision: str
+    """Branch, tag or commit as asked for."""
     commit: str
     files: tuple[RemoteFile, ...]
 
@@ -88,7 +90,9 @@ def fetch_listing(repo_id: str, revision: str | None, *, with_code: bool = False
         if "/" not in entry.rfilename and any(fnmatch(entry.rfilename, pattern) for pattern in patterns)
     )
     _require_usable(repo_id, [entry.rfilename for entry in siblings])
-    return RemoteModel(repo_id=repo_id, commit=info.sha or "", files=files)
+    return RemoteModel(
+        repo_id=repo_id, revision=revision or constants.DEFAULT_REVISION, commit=info.sha or "", files=files
+    )
 
 
 def fetch_files(remote: RemoteModel, *, progress: ProgressSink) -> Path:
@@ -108,6 +112,7 @@ def fetch_files(remote: RemoteModel, *, progress: ProgressSink) -> Path:
     _require_room(remote, sum(file.nbytes for file in missing))
     with hidden_bars():
         _download(remote, cache, progress)
+    _remember_revision(remote, cache)
     return cache / "snapshots" / remote.commit
 
 
@@ -169,6 +174,15 @@ def _require_room(remote: RemoteModel, needed_nbytes: int) -> None:
             f"downloading {remote.repo_id} needs {needed_nbytes / 1e9:.2f} GB, the cache {folder} has"
             f" {free / 1e9:.2f} GB free; free some, or set HF_HOME to a larger disk"
         )
+
+
+def _remember_revision(remote: RemoteModel, cache: Path) -> None:
+    """Note which commit a branch or tag is, as the cache's layout has it, so that it is found offline."""
+    if remote.revision == remote.commit:
+        return
+    reference = cache / "refs" / remote.revision
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(remote.commit)
 
 
 def _download(remote: RemoteModel, cache: Path, progress: ProgressSink) -> None:
