@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_optiq_ext.measure.moments import PRIOR_HITS, expert_grams, expert_importance, routed_inputs
 from mlx_optiq_ext.models.taps import Capture
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
 ]
 
 Floats = npt.NDArray[np.float64]
-_PRIOR_HITS = 4.0
-"""Pseudo-observations that pull a rarely used expert towards the mean of its layer."""
 
 
 class UnitStatistics(Protocol):
@@ -123,7 +122,7 @@ class ExpertStatistics:
         self._window = window
         self._num_windows = num_windows
         hits, tokens = len(owner), positions * len(windows)
-        self._scale = 0.5 * num_windows * (hits / tokens) / (hits + num_experts * _PRIOR_HITS)
+        self._scale = 0.5 * num_windows * (hits / tokens) / (hits + num_experts * PRIOR_HITS)
         self._mean_fisher = (self._g2.T @ mx.square(self._x)) / max(hits, 1)
 
     @property
@@ -133,26 +132,11 @@ class ExpertStatistics:
 
     def importance(self) -> mx.array:
         """E[x_j²] per expert (E, I), rarely used experts pulled towards the mean of all."""
-        mean = mx.mean(mx.square(self._x), axis=0)
-        per_expert = [
-            (mx.sum(mx.square(self._x[mx.array(rows)]), axis=0) + _PRIOR_HITS * mean) / (len(rows) + _PRIOR_HITS)
-            if len(rows)
-            else mean
-            for rows in self._rows
-        ]
-        return mx.stack(per_expert)
+        return expert_importance(self._x, self._rows)
 
     def gram(self) -> mx.array:
         """E[x xᵀ] per expert (E, I, I), pulled towards the mean of all as in :meth:`importance`."""
-        mean = (self._x.T @ self._x) / self._x.shape[0]
-        grams = []
-        for rows in self._rows:
-            if not len(rows):
-                grams.append(mean)
-                continue
-            x = self._x[mx.array(rows)]
-            grams.append((x.T @ x + _PRIOR_HITS * mean) / (len(rows) + _PRIOR_HITS))
-        return mx.stack(grams)
+        return expert_grams(self._x, self._rows)
 
     def divergence(self, start: int, errors: list[mx.array]) -> Floats:
         """See :meth:`UnitStatistics.divergence`; evaluates."""
@@ -162,12 +146,14 @@ class ExpertStatistics:
         for e in range(errors[0].shape[0]):
             own = mx.stack([s[e] for s in squared])
             prior = np.array(mx.sum(own * self._mean_fisher, axis=(1, 2)), dtype=np.float64)
-            result += (self._scale * _PRIOR_HITS / self._num_windows) * prior[:, None]
+            result += (self._scale * PRIOR_HITS / self._num_windows) * prior[:, None]
             rows = self._rows[start + e]
             if not len(rows):
                 continue
             pick = mx.array(rows)
-            outputs = (mx.square(self._x[pick]) @ own.reshape(-1, own.shape[-1]).T).reshape(len(rows), -1, width)
+            outputs = (mx.square(self._x[pick]) @ own.reshape(-1, own.shape[-1]).T).reshape(
+                len(rows), -1, width
+            )
             cost = np.array(mx.sum(outputs * self._g2[pick][:, None, :], axis=-1), dtype=np.float64)
             np.add.at(result.T, self._window[rows], self._scale * cost)
         return result
@@ -240,7 +226,9 @@ def statistics_of(
         xs = [c.call.x.reshape(-1, c.call.x.shape[-1]) for _, c in captures]
         gs = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
         return LinearStatistics(xs, gs, windows, positions, num_windows)
-    rows = [_routed_rows(c) if c.call.experts is not None else _head_rows(c, weight_shape[0]) for _, c in captures]
+    rows = [
+        _routed_rows(c) if c.call.experts is not None else _head_rows(c, weight_shape[0]) for _, c in captures
+    ]
     return ExpertStatistics(
         [x for x, _, _ in rows], [g for _, g, _ in rows], [e for _, _, e in rows],
         windows, positions, num_windows, weight_shape[0],
@@ -248,12 +236,9 @@ def statistics_of(
 
 
 def _routed_rows(capture: Capture) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
-    """Inputs (n, I), gradients (n, O) and experts (n,) of a switch layer's call, sorted or not."""
-    experts = capture.call.experts
-    assert experts is not None
-    x = capture.call.x.squeeze(-2)
-    x = mx.broadcast_to(x, (*experts.shape, x.shape[-1])).reshape(-1, x.shape[-1])
-    return x, capture.g.reshape(-1, capture.g.shape[-1]), np.array(experts, dtype=np.int64).reshape(-1)
+    """Inputs (n, I), gradients (n, O) and experts (n,) of a switch layer's call."""
+    x, experts = routed_inputs(capture.call)
+    return x, capture.g.reshape(-1, capture.g.shape[-1]), experts
 
 
 def _head_rows(capture: Capture, num_heads: int) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
