@@ -88,18 +88,29 @@ def _declaration(node: ast.Assign | ast.AnnAssign) -> str:
 
 
 def _annotation(node: ast.expr) -> tuple[str, str]:
-    """Split ``Annotated[T, _d("text")]`` into ``T`` and the text; bounds stay out."""
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated":
-        assert isinstance(node.slice, ast.Tuple)
+    """Split ``Annotated[T, _d("text")]``, also within a union, into ``T`` and the text; bounds stay out."""
+    plain = _Plain()
+    return ast.unparse(plain.visit(node)), " ".join(plain.descriptions)
+
+
+class _Plain(ast.NodeTransformer):
+    """Replaces ``Annotated[T, ...]`` by ``T`` and keeps the texts it held."""
+
+    def __init__(self) -> None:
+        self.descriptions: list[str] = []
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """Visit one subscript."""
+        if ast.unparse(node.value) != "Annotated" or not isinstance(node.slice, ast.Tuple):
+            return node
         plain, *extras = node.slice.elts
-        strings = [
+        self.descriptions += [
             part.value
             for extra in extras
             for part in ast.walk(extra)
             if isinstance(part, ast.Constant) and isinstance(part.value, str)
         ]
-        return ast.unparse(plain), " ".join(strings)
-    return ast.unparse(node), ""
+        return plain
 
 
 def _shown(name: str, public: set[str] | None) -> bool:

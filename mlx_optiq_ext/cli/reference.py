@@ -5,6 +5,7 @@ the layout of the repository; never called by an installed command.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,12 +96,18 @@ def _reference(package: Path) -> Iterator[str]:
         "130 interrupted.\nWith `--json` an error is the one document on stdout: "
         '`{"error": {"type", "message", "exit_code"}}`.\n'
     )
+    formats = (package.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    yield re.sub(r"^#", "##", formats, flags=re.MULTILINE).replace("](../", "](")
     yield "## Python API\n"
-    for path in [package / "__init__.py", *_modules(package)]:
-        if text := describe_module(path):
-            yield f"### {_dotted(path, package)}\n"
-            yield f"{module_docstring(path)}\n"
-            yield f"{_indented(text)}\n"
+    described = [
+        (_dotted(path, package), module_docstring(path), text)
+        for path in [package / "__init__.py", *_modules(package)]
+        if (text := describe_module(path))
+    ]
+    for name, docstring, _ in described:
+        yield f"- `{name}`: {docstring.splitlines()[0]}"
+    for name, docstring, text in described:
+        yield f"\n### {name}\n\n{docstring}\n\n{_indented(text)}"
 
 
 def _command(command: Command) -> Iterator[str]:

@@ -22,8 +22,7 @@ class Circle(Struct, frozen=True):
     """A round thing."""
 
     radius: Annotated[float, Meta(gt=0, description="From the middle to the rim.")] = 1.0
-    name: str = ""
-    """What it is called."""
+    name: Annotated[str, Meta(max_length=9, description="What it is called.")] | None = None
 
     @property
     def width(self) -> float:
@@ -54,7 +53,7 @@ class Circle(Struct)
     A round thing.
     radius: float = 1.0
         From the middle to the rim.
-    name: str = ''
+    name: str | None = None
         What it is called.
     @property
     def width(self) -> float
