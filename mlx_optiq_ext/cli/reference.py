@@ -18,7 +18,7 @@ from mlx_optiq_ext.types.options import ConvertOptions
 
 __all__ = ["generated_files", "main"]
 
-_LAYERS = ("types", "formats", "hub", "models", "measure", "allocate", "quant", "eval", "patches")
+_LAYERS = ("types", "formats", "hub", "models", "measure", "allocate", "quant", "eval", "convert", "patches")
 _HEAD = """\
 # mlx-optiq-ext
 
