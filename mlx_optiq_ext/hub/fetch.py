@@ -21,7 +21,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from mlx_optiq_ext.errors import ModelNotFound, ResourceError
-from mlx_optiq_ext.hub.explain import HUB_ERRORS, TRANSFER_ERRORS, explain_hub_error
+from mlx_optiq_ext.hub.explain import HUB_ERRORS, TRANSFER_ERRORS, explain_hub_error, is_unreachable
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
 
 __all__ = ["RemoteFile", "RemoteModel", "fetch_files", "fetch_listing", "find_cached", "hidden_bars"]
@@ -186,27 +186,40 @@ def _remember_revision(remote: RemoteModel, cache: Path) -> None:
 
 
 def _download(remote: RemoteModel, cache: Path, progress: ProgressSink) -> None:
+    """Download the small files, then the weights: a stopped download knows which weights it lacks."""
+    weights = [file for file in remote.files if file.name.endswith(".safetensors")]
+    for group in ([file for file in remote.files if file not in weights], weights):
+        _download_group(remote, group, cache, progress)
+
+
+def _download_group(
+    remote: RemoteModel, group: list[RemoteFile], cache: Path, progress: ProgressSink
+) -> None:
     """Run the workers and report bytes until the last file is there.
 
     Workers are daemons, so that an interrupt ends the program at once; what they finished stays.
     """
     waiting: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
-    for file in sorted(remote.files, key=lambda file: file.nbytes):
+    for file in group:
         waiting.put(file)
     failures: list[Exception] = []
     threads = [
         threading.Thread(target=_work, args=(remote, waiting, failures), daemon=True)
-        for _ in range(_NUM_WORKERS)
+        for _ in range(min(_NUM_WORKERS, len(group)))
     ]
     for thread in threads:
         thread.start()
-    total = sum(file.nbytes for file in remote.files)
-    while any(thread.is_alive() for thread in threads) and not failures:
-        _report(remote, cache, total, progress)
-        next((thread for thread in threads if thread.is_alive()), threads[0]).join(_POLL_S)
+    while (busy := [thread for thread in threads if thread.is_alive()]) and not failures:
+        _report(remote, cache, progress)
+        busy[0].join(_POLL_S)
+    if failures and is_unreachable(failures[0]):
+        reason = type(failures[0]).__name__
+        raise ModelNotFound(
+            f"the download of {remote.repo_id} broke off ({reason}); run again to go on with what is missing"
+        ) from failures[0]
     if failures:
         raise explain_hub_error(failures[0], remote.repo_id, remote.commit) from failures[0]
-    _report(remote, cache, total, progress)
+    _report(remote, cache, progress)
 
 
 def _work(remote: RemoteModel, waiting: "queue.SimpleQueue[RemoteFile]", failures: list[Exception]) -> None:
@@ -222,8 +235,9 @@ def _work(remote: RemoteModel, waiting: "queue.SimpleQueue[RemoteFile]", failure
             failures.append(error)
 
 
-def _report(remote: RemoteModel, cache: Path, total_nbytes: int, progress: ProgressSink) -> None:
+def _report(remote: RemoteModel, cache: Path, progress: ProgressSink) -> None:
     blobs = cache / "blobs"
+    total_nbytes = sum(file.nbytes for file in remote.files)
     present = sum(file.nbytes for file in remote.files if (blobs / file.blob).is_file())
     for partial in blobs.glob("*.incomplete"):
         with contextlib.suppress(FileNotFoundError):

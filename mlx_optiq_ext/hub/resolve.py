@@ -21,6 +21,7 @@ from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
 __all__ = ["check_model_folder", "resolve_model"]
 
 _INDEX = "model.safetensors.index.json"
+_NUMBERED = re.compile(r"(model-)(\d+)-of-(\d{1,5})\.safetensors")
 _log = logging.getLogger(__name__)
 
 
@@ -94,10 +95,17 @@ def _weights_hint(folder: Path) -> str:
 
 
 def _missing_shards(folder: Path) -> list[str]:
-    """Weight files that the index names and the folder lacks."""
+    """Weight files that the index, or the numbering of the present ones, names and the folder lacks."""
     index = folder / _INDEX
     if not index.is_file():
-        return []
+        present = {path.name for path in folder.glob("model*.safetensors")}
+        numbered = [match for name in present if (match := _NUMBERED.fullmatch(name))]
+        expected = {
+            f"{match[1]}{number:0{len(match[2])}d}-of-{match[3]}.safetensors"
+            for match in numbered
+            for number in range(1, int(match[3]) + 1)
+        }
+        return sorted(expected - present)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
