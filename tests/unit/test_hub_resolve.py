@@ -181,7 +181,7 @@ def test_incomplete_cached_copy_does_not_pass_for_a_model(hub, monkeypatch):
         resolve_model("org/model")
     go_offline(hub, "mode", monkeypatch)
     with pytest.raises(
-        ModelNotFound, match="lacks 1 of its weight files, model-00001|the download is incomplete"
+        ModelNotFound, match=r"lacks 1 of its weight files, model-00001|the download is incomplete"
     ):
         resolve_model("org/model", COMMIT)
     with pytest.raises(ModelNotFound, match="not in the cache"):
