@@ -10,6 +10,7 @@ from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_optiq_ext.errors import ResourceError
@@ -64,6 +65,8 @@ class Reference:
         self.how: Literal["resident", "stream"] = "stream"
         if how == "resident" or (how == "auto" and needed <= free // 2):
             self.how = "resident"
+        self._source_dtypes = {name: array.dtype for name, array in tree_flatten(self.model.parameters())}
+        self._may_cast = getattr(self.model, "cast_predicate", lambda _: True)
         cast_floats(self.model, self.dtype)
         self.model.train()  # gives the differentiable form of kernels that have no gradient
 
@@ -83,6 +86,14 @@ class Reference:
         model, _ = load_model(self.ref, trust_remote_code=self._trust)
         cast_floats(model, self.dtype)
         return model
+
+    def written_dtype(self, name: str, dtype: mx.Dtype) -> mx.Dtype:
+        """Type that an unquantized parameter is stored in: ``dtype`` where the family lets it be cast.
+
+        Source: stock ``mlx_lm.convert``, which asks the family's ``cast_predicate``.
+        """
+        source = self._source_dtypes[name]
+        return dtype if mx.issubdtype(source, mx.floating) and self._may_cast(name) else source
 
     def tokenizer(self) -> TokenizerWrapper:
         """The model's tokenizer."""

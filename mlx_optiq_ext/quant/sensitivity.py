@@ -55,6 +55,7 @@ def measure_sensitivity(
     *,
     journal_file: Path | None = None,
     progress: ProgressSink = ignore_progress,
+    reference: Reference | None = None,
 ) -> SensitivityTable:
     """Measure what every choice of every unit costs.
 
@@ -64,6 +65,7 @@ def measure_sensitivity(
         journal_file: Where finished units are kept; with ``options.resume`` a journal of the same model,
             calibration, choices and code is continued. None keeps nothing.
         progress: Stages ``forward``, ``measure``, ``probe``.
+        reference: The model where the caller has opened it already.
     Raises:
         ModelError: The model cannot be loaded or has nothing to quantize.
         MeasurementError: Non-finite values, or too little calibration text.
@@ -71,7 +73,7 @@ def measure_sensitivity(
     Cost: per window one forward, and per label sample one recomputation and one backward pass; one
         correction of every tensor per choice; ``options.probes`` forward-equivalents of exact probes.
     """
-    reference = open_reference(ref, options)
+    reference = reference or open_reference(ref, options)
     units = reference.units(parse_candidates(options))
     if options.method == "static":
         return _table(reference, options, units, static_probes(units), _NO_CALIBRATION, how="none")

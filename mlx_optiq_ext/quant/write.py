@@ -7,6 +7,7 @@ Knows nothing of measuring or allocating. Called by ``quant.convert`` inside an 
 import copy
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,6 +82,11 @@ class CheckpointWriter:
         self._shard: SafetensorsWriter | None = None
         self._shards: list[SafetensorsWriter] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor written so far, by name."""
+        return self._shapes
 
     def add(self, name: str, array: mx.array) -> None:
         """Evaluate one tensor and write it.

@@ -1,0 +1,46 @@
+"""Convert a model to a mixed-precision MLX checkpoint.
+
+MODEL is a Hugging Face repository or a folder with unquantized weights. Measures, allocates within the
+target, corrects the rounding, writes, verifies with stock mlx-lm and scores on held-out text. What is
+written is an ordinary MLX checkpoint. A stopped conversion goes on where it was when the same command is
+given again.
+"""
+
+import argparse
+from pathlib import Path
+
+from mlx_optiq_ext.cli.arguments import add_options, options_from
+from mlx_optiq_ext.cli.commands.allocate import render as render_allocation
+from mlx_optiq_ext.cli.console import Console
+from mlx_optiq_ext.convert.model import ConversionResult, convert_model
+from mlx_optiq_ext.formats.atomic import require_absent
+from mlx_optiq_ext.hub.resolve import resolve_model
+from mlx_optiq_ext.quant.report import comparison_table
+from mlx_optiq_ext.types.options import ConvertOptions
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``optiq convert``."""
+    parser.add_argument("model", metavar="MODEL", help="Hub repository or folder.")
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="Folder to make.")
+    add_options(parser, ConvertOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and show what came out."""
+    console = Console.from_args(args)
+    options = options_from(args, ConvertOptions)
+    out = Path(args.out)
+    require_absent(out)
+    ref = resolve_model(args.model, options.measure.revision, progress=console.progress)
+    result = convert_model(ref, options, out, progress=console.progress)
+    for note in result.notes:
+        console.note(f"note: {note}")
+    console.result(result, _render(result))
+    return 0
+
+
+def _render(result: ConversionResult) -> str:
+    return result.out

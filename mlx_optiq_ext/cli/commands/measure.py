@@ -1,0 +1,107 @@
+"""Measure what fewer bits cost, for every tensor of a model.
+
+MODEL is a Hugging Face repository or a folder with unquantized weights. The sensitivity file that is
+written serves every budget: see `optiq allocate` and `optiq convert --sensitivity`. A stopped measurement
+goes on where it was when the same command is given again.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from mlx_optiq_ext.cli.arguments import add_options, options_from
+from mlx_optiq_ext.cli.console import Console, format_table
+from mlx_optiq_ext.formats.sensitivity import write_sensitivity
+from mlx_optiq_ext.hub.resolve import resolve_model
+from mlx_optiq_ext.measure.domains import domain_rank_correlation
+from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
+from mlx_optiq_ext.types.options import MeasureOptions
+from mlx_optiq_ext.types.quant import SensitivityTable
+
+__all__ = ["add_arguments", "render", "run"]
+
+_SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``optiq measure``."""
+    parser.add_argument("model", metavar="MODEL", help="Hub repository or folder.")
+    parser.add_argument(
+        "-o", "--out", metavar="FILE", default="sensitivity.json", help="Sensitivity file to write."
+    )
+    add_options(parser, MeasureOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the sensitivity file, and show where the model is sensitive."""
+    console = Console.from_args(args)
+    options = options_from(args, MeasureOptions)
+    ref = resolve_model(args.model, options.revision, progress=console.progress)
+    out = Path(args.out)
+    journal = out.with_name(f".{out.name}.journal")
+    table = measure_sensitivity(ref, options, journal_file=journal, progress=console.progress)
+    write_sensitivity(out, table)
+    journal.unlink(missing_ok=True)
+    console.note(f"sensitivity file written to {out}")
+    for note in table.notes:
+        console.note(f"note: {note}")
+    console.result(table, render(table))
+    return 0
+
+
+def render(table: SensitivityTable) -> str:
+    """Totals per choice, the costliest tensors, and how far the domains agree."""
+    parts = [_totals(table), _costliest(table)]
+    if len(table.domains) > 1:
+        parts.append(_agreement(table))
+    return "\n\n".join(parts)
+
+
+def _totals(table: SensitivityTable) -> str:
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for probe in table.probes:
+        entry = sums[probe.choice.label]
+        entry[0] += probe.divergence
+        entry[1] += 1
+    numel = {unit.path: unit.numel for unit in table.units}
+    shown = sorted({p.choice for p in table.probes}, key=lambda c: c.bpw(table.float_bits))
+    rows = [
+        (
+            choice.label,
+            f"{choice.bpw(table.float_bits):.2f}",
+            str(int(sums[choice.label][1])),
+            f"{sum(numel[p.path] for p in table.probes if p.choice == choice) / 1e6:.1f} M",
+            f"{sums[choice.label][0]:.4g}",
+        )
+        for choice in shown
+    ]
+    return format_table(("choice", "bpw", "tensors", "weights", "summed divergence"), rows)
+
+
+def _costliest(table: SensitivityTable) -> str:
+    choice = _common_choice(table)
+    probes = sorted((p for p in table.probes if p.choice.label == choice), key=lambda p: -p.divergence)
+    rows = [(p.path, f"{p.divergence:.3g} ± {p.stderr:.1g}") for p in probes[:_SHOWN]]
+    return format_table((f"costliest at {choice}", "divergence"), rows)
+
+
+def _common_choice(table: SensitivityTable) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for probe in table.probes:
+        if probe.choice.mode == "affine":
+            counts[probe.choice.label] += 1
+    return min(counts, key=lambda label: (-counts[label], abs(int(label.split("g")[0]) - 4)), default="keep")
+
+
+def _agreement(table: SensitivityTable) -> str:
+    """Rank correlation between domains at the choice that most tensors have."""
+    choice = next(p.choice for p in table.probes if p.choice.label == _common_choice(table))
+    found = domain_rank_correlation(table)
+    picked = next((c for c in found if c.choice == choice), found[0])
+    lines = [f"domains agree on the order of tensors ({picked.choice.label}, Spearman)"]
+    matrix = [
+        (name, *(f"{value:.2f}" for value in row))
+        for name, row in zip(table.domains, picked.matrix, strict=True)
+    ]
+    lines.append(format_table(("", *(name[:9] for name in table.domains)), matrix))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The conversion as a whole: measure, allocate, rewrite, verify, score, describe."""

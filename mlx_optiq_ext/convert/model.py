@@ -1,0 +1,297 @@
+"""The whole conversion as one readable function: measure, allocate, rewrite, verify, score, describe.
+
+Called by ``optiq convert`` and by the stock commands' "optiq" recipe. What is written is an ordinary MLX
+checkpoint; the output folder appears under its name only when it is complete and verified.
+"""
+
+import hashlib
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+from msgspec.structs import replace
+
+from mlx_optiq_ext import __version__
+from mlx_optiq_ext.convert.describe import command_line, write_card
+from mlx_optiq_ext.convert.rewrite import Rewriter
+from mlx_optiq_ext.errors import FingerprintMismatch, ResourceError, UsageError
+from mlx_optiq_ext.eval.score import score
+from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent, write_bytes_atomic
+from mlx_optiq_ext.formats.metadata import write_metadata
+from mlx_optiq_ext.formats.score import encode_score
+from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, read_sensitivity, write_sensitivity
+from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.hub.upload import check_upload, upload_folder
+from mlx_optiq_ext.measure.calibration import load_windows
+from mlx_optiq_ext.models.walk import fixed_bits, total_numel
+from mlx_optiq_ext.quant.bitmap import allocate
+from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
+from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
+from mlx_optiq_ext.quant.static import static_probes
+from mlx_optiq_ext.quant.verify import verify_checkpoint
+from mlx_optiq_ext.quant.write import CheckpointWriter
+from mlx_optiq_ext.types.metadata import CheckpointMetadata, MeasuredDivergence
+from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.options import ConvertOptions, ScoreOptions
+from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
+from mlx_optiq_ext.types.quant import Allocation, BitMap, CalibrationInfo, SensitivityTable
+from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
+from mlx_optiq_ext.types.verify import VerifyReport
+
+__all__ = ["ConversionResult", "convert_model", "expand_bit_map", "work_folder"]
+
+_NO_CALIBRATION = CalibrationInfo(source="none", sha256="", num_tokens=0, num_windows=0, domains=())
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+_REWRITE_TOKENS = 4096
+"""Tokens whose inputs weigh the rounding error: more than are needed to rank tensors."""
+
+
+class ConversionResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a conversion made."""
+
+    out: str
+    allocation: Allocation
+    verification: VerifyReport | None = None
+    score: ScoreReport | None = None
+    forward_equivalents: float = 0.0
+    seconds: float = 0.0
+    peak_nbytes: int = 0
+    """Most memory that MLX held at once."""
+    notes: tuple[str, ...] = ()
+
+
+def work_folder(out: Path) -> Path:
+    """Where an interrupted conversion to ``out`` keeps what it measured."""
+    return out.with_name(f".{out.name}.optiq-work")
+
+
+def convert_model(
+    ref: ModelRef, options: ConvertOptions, out: Path, *, progress: ProgressSink = ignore_progress
+) -> ConversionResult:
+    """Turn a model into a mixed-precision MLX checkpoint within a budget.
+
+    A stopped conversion leaves its measurements in :func:`work_folder`; the same call continues them.
+
+    Args:
+        ref: The unquantized model.
+        options: How to measure and what to spend; exactly one target must be set.
+        out: Folder to make; must not exist.
+        progress: Stages ``forward``, ``measure``, ``probe``, ``write``, ``score``.
+    Raises:
+        OutputExists, BudgetInfeasible, UsageError, ModelError, ResourceError: Before any long work.
+        MeasurementError: A number is not finite.
+        VerificationError: What was written is not what was planned; it is kept as ``OUT.incomplete``.
+    """
+    started = time.monotonic()
+    mx.reset_peak_memory()
+    reference = _check(ref, options, out)
+    table = _sensitivities(ref, options, out, reference, progress)
+    allocation = _allocate(table, options, reference)
+    bit_map = expand_bit_map(table, allocation)
+    with atomic_folder(out) as folder:
+        fallbacks = _write(reference, table, bit_map, options, folder, progress)
+        result = ConversionResult(
+            out=str(out),
+            allocation=allocation,
+            forward_equivalents=table.forward_equivalents,
+            peak_nbytes=int(mx.get_peak_memory()),
+            notes=(*table.notes, *_fallback_notes(fallbacks)),
+        )
+        del reference
+        mx.clear_cache()
+        if options.verify:
+            report = verify_checkpoint(
+                folder, bit_map, expected_nbytes=allocation.nbytes,
+                trust_remote_code=options.measure.trust_remote_code,
+            )  # fmt: skip
+            result = replace(result, verification=report)
+        result = _score(ref, options, folder, out, result, progress)
+        result = replace(result, seconds=round(time.monotonic() - started, 1))
+        _describe(ref, table, options, folder, result)
+    _clear_work(out)
+    if options.upload_repo:
+        upload_folder(out, options.upload_repo, progress=progress)
+    return result
+
+
+def expand_bit_map(table: SensitivityTable, allocation: Allocation) -> BitMap:
+    """The bit map with every path of every unit (fused and shared modules) named."""
+    chosen = allocation.bit_map.choices
+    return BitMap(
+        choices={path: chosen.get(path, chosen[unit.path]) for unit in table.units for path in unit.paths}
+    )
+
+
+def _check(ref: ModelRef, options: ConvertOptions, out: Path) -> Reference:
+    """Everything that can be known to fail before the long work."""
+    require_absent(out)
+    targets = [options.allocate.target_bpw, options.allocate.target_size, options.allocate.fit]
+    if all(target is None for target in targets):
+        raise UsageError("no target: give --target-bpw 5.0, --target-size 4.5GB or --fit 8GB")
+    if options.upload_repo:
+        check_upload(options.upload_repo)
+    reference = open_reference(ref, options.measure)
+    _set_dtype(reference, options)
+    units = reference.units(parse_candidates(options.measure))
+    float_bits = reference.stored_dtype.size * 8
+    outline = SensitivityTable(
+        model=fingerprint(ref), method="static", reference="none", correction="none",
+        calibration=_NO_CALIBRATION, domains=(), units=units, probes=static_probes(units),
+        total_numel=total_numel(reference.model),
+        fixed_bits=fixed_bits(reference.model, units, float_bits), float_bits=float_bits,
+    )  # fmt: skip
+    allocation = _allocate(outline, options, reference)
+    check_disk_space(out.absolute().parent, allocation.nbytes)
+    return reference
+
+
+def _set_dtype(reference: Reference, options: ConvertOptions) -> None:
+    if options.dtype != "auto":
+        reference.stored_dtype = _DTYPES[options.dtype]
+
+
+def _allocate(table: SensitivityTable, options: ConvertOptions, reference: Reference) -> Allocation:
+    kv = kv_bytes_per_token(reference.config, options.allocate.context) if options.allocate.fit else None
+    return allocate(table, options.allocate, kv_bytes_per_token=kv)
+
+
+def _sensitivities(
+    ref: ModelRef, options: ConvertOptions, out: Path, reference: Reference, progress: ProgressSink
+) -> SensitivityTable:
+    """The table: given, kept by an interrupted run, or measured now."""
+    if options.sensitivity:
+        table = read_sensitivity(Path(options.sensitivity))
+        if table.method != "published" and table.model.sha256 != fingerprint(ref).sha256:
+            raise FingerprintMismatch(
+                f"{options.sensitivity} was measured on {table.model.source}, whose weights differ from "
+                f"{ref.source}; measure again with `optiq measure {ref.source}`"
+            )
+        return _with_shapes(table, reference)
+    work = work_folder(out)
+    table = measure_sensitivity(
+        ref, options.measure, journal_file=work / "journal.jsonl", progress=progress, reference=reference
+    )
+    write_sensitivity(work / "sensitivity.json", table)
+    return table
+
+
+def _with_shapes(table: SensitivityTable, reference: Reference) -> SensitivityTable:
+    """Facts about the checkpoint that will be written, which a published or older table may lack."""
+    float_bits = reference.stored_dtype.size * 8
+    if table.method != "published":
+        return replace(table, float_bits=float_bits, fixed_bits=fixed_bits(reference.model, table.units, float_bits))
+    known = {unit.path: unit for unit in table.units}
+    candidates = tuple({choice for unit in table.units for choice in unit.choices})
+    units = tuple(
+        replace(unit, choices=known[unit.path].choices) if unit.path in known else unit
+        for unit in reference.units(candidates)
+    )
+    measured = {probe.path for probe in table.probes}
+    scale = sum(p.divergence for p in table.probes) / max(len(table.probes), 1)
+    guessed = tuple(
+        replace(probe, divergence=probe.divergence * scale)
+        for probe in static_probes(tuple(u for u in units if u.path not in measured))
+    )
+    return replace(
+        table, units=units, probes=(*table.probes, *guessed), float_bits=float_bits,
+        total_numel=total_numel(reference.model), fixed_bits=fixed_bits(reference.model, units, float_bits),
+        notes=(*table.notes, f"{len(guessed)} values the published file lacks follow the static rule"),
+    )  # fmt: skip
+
+
+def _write(
+    reference: Reference, table: SensitivityTable, bit_map: BitMap, options: ConvertOptions, folder: Path,
+    progress: ProgressSink,
+) -> list[str]:  # fmt: skip
+    """Rewrite the model into ``folder``; returns paths that could not be corrected."""
+    tokens = None
+    level = options.measure.correction if options.measure.method != "static" else "none"
+    tokenizer = reference.tokenizer()
+    if level != "none":
+        windows = load_windows(
+            tokenizer, source=options.measure.calibration, split="calibration",
+            num_tokens=max(_REWRITE_TOKENS, options.measure.num_tokens), window=options.measure.window,
+        )  # fmt: skip
+        tokens = mx.array(windows.tokens)
+    writer = CheckpointWriter(folder, max_shard_bytes=int(options.max_shard_gb * 1e9))
+    rewriter = Rewriter(
+        reference, bit_map, level=level, dtype=reference.stored_dtype, columns=table.column_importance,
+        writer=writer,
+    )  # fmt: skip
+    rewriter.run(tokens, progress)
+    keep_vision = "vision_tower" in getattr(reference.model, "model", {})
+    writer.finish(
+        reference.config, bit_map, tokenizer=tokenizer, source=Path(reference.ref.path), keep_vision_config=keep_vision
+    )
+    return rewriter.fallbacks
+
+
+def _fallback_notes(fallbacks: list[str]) -> tuple[str, ...]:
+    if not fallbacks:
+        return ()
+    more = f" and {len(fallbacks) - 3} more" if len(fallbacks) > 3 else ""
+    return (f"rounded without correction, no inputs were seen: {', '.join(fallbacks[:3])}{more}",)
+
+
+def _score(
+    ref: ModelRef, options: ConvertOptions, folder: Path, out: Path, result: ConversionResult, progress: ProgressSink
+) -> ConversionResult:
+    """Compare with the reference and with uniform choices around the achieved bits, on held-out text."""
+    if not options.score:
+        return result
+    candidate = ModelRef(path=str(folder), source=out.name)
+    nearest = sorted(
+        (row for row in result.allocation.uniform if "g" in row[0]),
+        key=lambda row: abs(row[1] - result.allocation.achieved_bpw),
+    )[:2]
+    uniform = ",".join(label for label, _, _ in sorted(nearest, key=lambda row: row[1]))
+    wanted = ScoreOptions(uniform=uniform, trust_remote_code=options.measure.trust_remote_code)
+    try:
+        report = score(ref, [candidate], wanted, progress, labels=[out.name])
+    except ResourceError as error:
+        return replace(result, notes=(*result.notes, f"not scored: {error}"))
+    write_bytes_atomic(folder / SCORE_FILE, encode_score(report))
+    return replace(result, score=report)
+
+
+def _describe(
+    ref: ModelRef, table: SensitivityTable, options: ConvertOptions, folder: Path, result: ConversionResult
+) -> None:
+    """Write optiq/sensitivity.json, optiq/metadata.json and the model card."""
+    encoded = encode_sensitivity(table)
+    write_sensitivity(folder / "optiq" / "sensitivity.json", table)
+    measured = None
+    if result.score is not None:
+        row = next(row for row in result.score.rows if row.role == "candidate")
+        measured = MeasuredDivergence(
+            divergence=row.divergence, stderr=row.divergence_stderr, held_out=result.score.held_out
+        )
+    metadata = CheckpointMetadata(
+        package_version=__version__,
+        base_model=ref.source,
+        model=table.model,
+        method=table.method,
+        reference=table.reference,
+        calibration=table.calibration,
+        sensitivity_sha256=hashlib.sha256(encoded).hexdigest(),
+        allocation=result.allocation,
+        measured=measured,
+        verification=result.verification,
+        command=command_line(ref, options, Path(result.out)),
+        seconds=result.seconds,
+        notes=result.notes,
+    )
+    write_metadata(folder, metadata)
+    write_card(folder, ref, metadata, result.score)
+
+
+def _clear_work(out: Path) -> None:
+    work = work_folder(out)
+    for name in ("journal.jsonl", "sensitivity.json"):
+        (work / name).unlink(missing_ok=True)
+    if work.is_dir() and not any(work.iterdir()):
+        work.rmdir()
+
+

@@ -1,0 +1,205 @@
+"""Write a checkpoint after a bit map, block by block, with the rounding corrected on what each block sees.
+
+The model runs forward once over the calibration text. Each block is quantized when its inputs are known,
+then runs quantized, so that later blocks see what they will see in use. One block is in memory at a time.
+Knows nothing of how the bit map was found.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_optiq_ext.measure.moments import Moments, input_moments
+from mlx_optiq_ext.models.intercept import intercepted
+from mlx_optiq_ext.models.tape import Tape
+from mlx_optiq_ext.models.taps import Call, UnitTap
+from mlx_optiq_ext.models.walk import get_module
+from mlx_optiq_ext.quant.correct import Level, Packed, pack, unpack
+from mlx_optiq_ext.quant.reference import Reference
+from mlx_optiq_ext.quant.write import CheckpointWriter
+from mlx_optiq_ext.types.progress import Progress, ProgressSink
+from mlx_optiq_ext.types.quant import BitMap, Choice
+
+__all__ = ["Rewriter"]
+
+_HEAD_TOKENS = 8192
+
+
+class Rewriter:
+    """Quantizes a reference into a checkpoint writer.
+
+    Args:
+        reference: Opened model; its weights are replaced as it goes, so it cannot be used after.
+        bit_map: Choice of every quantizable path.
+        level: Correction; blocks that the text does not reach, and tensors without inputs to weigh by,
+            fall back to a lower one.
+        dtype: Stored type of scales, biases and unquantized tensors.
+        columns: Per embedding the importance of its columns (:attr:`SensitivityTable.column_importance`).
+        writer: Where tensors go; None only replaces the weights in memory (resident models).
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        bit_map: BitMap,
+        *,
+        level: Level,
+        dtype: mx.Dtype,
+        columns: Mapping[str, tuple[float, ...]],
+        writer: CheckpointWriter | None,
+    ) -> None:
+        self._reference = reference
+        self._choices = dict(bit_map.choices)
+        self._level = level
+        self._dtype = dtype
+        self._columns = columns
+        self._writer = writer
+        self._written: set[str] = set()
+        self.fallbacks: list[str] = []
+
+    def run(self, tokens: mx.array | None, progress: ProgressSink) -> None:
+        """Quantize and write every parameter.
+
+        Args:
+            tokens: Calibration windows (W, T); None quantizes without running the model (level none).
+            progress: Stage ``write``, one step per block and one for the rest.
+        """
+        if tokens is None or self._level == "none":
+            self._plain(progress)
+            return
+        tape = Tape(self._reference.model, tokens, self._reference.memory())
+        head_calls: list[Call] = []
+        self._blocks(tape, head_calls, progress)
+        self._outside(tape, head_calls)
+        self._rest(self._reference.model, "")
+        progress(Progress(stage="write", done=len(tape.blocks) + 1, total=len(tape.blocks) + 1))
+
+    def _blocks(self, tape: Tape, head_calls: list[Call], progress: ProgressSink) -> None:
+        total = len(tape.blocks) + 1
+        index_of = {id(module): i for i, module in enumerate(tape.blocks.modules)}
+        done: set[int] = set()
+
+        def answer(block: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            index = index_of[id(block)]
+            with tape.memory.present(index):
+                if index not in done:
+                    done.add(index)
+                    tap = UnitTap(tape.paths)
+                    with intercepted(tape.members(index), tap):
+                        kept_alive = original(*args, **kwargs)
+                    self._quantize_block(f"{tape.blocks.prefix}.{index}.", block, tap.calls)
+                    del kept_alive
+                    progress(Progress(stage="write", done=len(done), total=total))
+                output = original(*args, **kwargs)
+                mx.eval(output)
+            mx.clear_cache()
+            return output
+
+        def head(_: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            as_head = bool(kwargs.pop("_as_linear", False)) or tape.paths[id(_)] in tape.heads
+            if not as_head:
+                return original(*args, **kwargs)
+            head_calls.append(Call(tape.paths[id(_)], args[0], None, False, True))
+            return original(args[0][:1, :1])
+
+        with intercepted(tape.blocks.modules, answer), intercepted(tape.outside, head):
+            self._reference.model(tape.tokens)
+        missing = [i for i in range(len(tape.blocks)) if i not in done]
+        for index in missing:
+            with tape.memory.present(index):
+                self._quantize_block(f"{tape.blocks.prefix}.{index}.", tape.blocks.modules[index], [])
+
+    def _quantize_block(self, prefix: str, block: nn.Module, calls: list[Call]) -> None:
+        """Quantize every unit of a block from what its calls saw, and write all the block's parameters."""
+        by_path: dict[str, list[Call]] = {}
+        for call in calls:
+            by_path.setdefault(call.path, []).append(call)
+        for path in [p for p in self._choices if p.startswith(prefix)]:
+            module = get_module(self._reference.model, path)
+            if path in self._written:
+                continue
+            moments = None
+            if path in by_path and self._choices[path].mode == "affine":
+                moments = input_moments(by_path[path], module.weight.shape, want_gram=self._level == "full")
+            self._quantize(path, moments)
+        self._rest(block, prefix)
+
+    def _outside(self, tape: Tape, head_calls: list[Call]) -> None:
+        """Embeddings, head and projections outside of blocks."""
+        for module in tape.outside:
+            path = tape.paths[id(module)]
+            moments: Moments | None = None
+            own = [call for call in head_calls if call.path == path]
+            if own:
+                flat = own[0].x.reshape(-1, own[0].x.shape[-1])[:_HEAD_TOKENS]
+                moments = input_moments(
+                    [own[0]._replace(x=flat)], module.weight.shape, want_gram=self._level == "full"
+                )
+            elif path in self._columns:
+                moments = Moments(mx.array(self._columns[path], dtype=mx.float32), None)
+            self._quantize(path, moments)
+
+    def _plain(self, progress: ProgressSink) -> None:
+        """Quantize without correction, one unit at a time."""
+        for done, path in enumerate(self._choices):
+            self._quantize(path, None)
+            progress(Progress(stage="write", done=done + 1, total=len(self._choices) + 1))
+        self._rest(self._reference.model, "")
+        progress(Progress(stage="write", done=len(self._choices) + 1, total=len(self._choices) + 1))
+
+    def _quantize(self, path: str, moments: Moments | None) -> None:
+        """Quantize one tensor, write its parts, leave the weight in memory as it will be used."""
+        module, choice = get_module(self._reference.model, path), self._choices[path]
+        same = [p for p in self._choices if get_module(self._reference.model, p) is module]
+        if choice.mode == "keep":
+            for p in same:
+                self._add(f"{p}.weight", module.weight)
+            return
+        level: Level = self._level
+        if moments is None and level != "none":
+            level = "none"
+            self.fallbacks.append(path)
+        elif level == "full" and moments is not None and moments.gram is None:
+            level = "fast"
+        packed = pack(
+            module.weight,
+            choice,
+            level=level,
+            float_dtype=self._dtype,
+            importance=moments.importance if moments else None,
+            **({"gram": moments.gram} if moments is not None and moments.gram is not None else {}),
+        )
+        for p in same:
+            self._write_packed(p, packed)
+        if self._writer is None or self._level != "none":
+            module.weight = unpack(packed, choice).astype(module.weight.dtype)
+            mx.eval(module.weight)
+        else:
+            module.weight = mx.zeros((1, module.weight.shape[-1]))
+
+    def _write_packed(self, path: str, packed: Packed) -> None:
+        self._write(f"{path}.weight", packed.weight)
+        self._write(f"{path}.scales", packed.scales)
+        if packed.biases is not None:
+            self._write(f"{path}.biases", packed.biases)
+        self._written.add(path)
+
+    def _rest(self, module: nn.Module, prefix: str) -> None:
+        """Write every parameter below ``module`` that no unit wrote."""
+        for name, array in tree_flatten(module.parameters()):
+            full = prefix + name
+            if full.rpartition(".")[0] in self._written and full.endswith(".weight"):
+                continue
+            self._add(full, array)
+
+    def _add(self, name: str, array: mx.array) -> None:
+        """Write one unquantized parameter in the type it is stored in."""
+        self._write(name, array.astype(self._reference.written_dtype(name, self._dtype)))
+
+    def _write(self, name: str, array: mx.array) -> None:
+        if self._writer is not None and name not in self._writer.names:
+            self._writer.add(name, array)
+
