@@ -4,6 +4,7 @@ Knows the parameters of ``mlx_lm.convert.convert``; imports mlx only to run. Cal
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,21 @@ def run_call(call: ConvertCall) -> None:
     """Measure, allocate, convert and verify, with progress on stderr.
 
     Raises:
-        OptiqError: See ``quant.convert.convert_model``.
+        OptiqError: See ``convert.model.convert_model``.
     """
-    from mlx_optiq_ext.hub.resolve import resolve_model  # deferred: huggingface-hub and mlx are heavy
+    from mlx_optiq_ext.convert.model import convert_model  # deferred: huggingface-hub and mlx are heavy
+    from mlx_optiq_ext.hub.resolve import resolve_model
     from mlx_optiq_ext.patches.console import StderrProgress
-    from mlx_optiq_ext.quant.convert import convert_model
 
     measure = call.options.measure
     with StderrProgress() as progress:
         reference = resolve_model(
             call.source, measure.revision, progress, trust_remote_code=measure.trust_remote_code
         )
-        convert_model(reference, call.options, Path(call.out), progress=progress)
-    print(f"[INFO] Wrote {call.out}")
+        result = convert_model(reference, call.options, Path(call.out), progress=progress)
+    for note in result.notes:
+        print(f"[WARNING] {note}", file=sys.stderr)
+    print(f"[INFO] Wrote {call.out} with {result.allocation.achieved_bpw:.3f} bits per weight.")
 
 
 def _merged(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

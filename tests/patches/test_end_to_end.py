@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip("mlx_optiq_ext.quant.convert")
-
 # Small, and exact: the point here is the way into the pipeline, not the measurement.
 QUICK = {"optiq_target_bpw": 5.5, "optiq_num_tokens": 64, "optiq_window": 16, "optiq_probes": 0}
 FLAGS = [word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -78,5 +76,5 @@ def test_the_default_conversion_verifies_and_scores_itself(hooked, bare, tiny_ll
     ]
     done = hooked.run(*words, *FLAGS[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "[INFO] Wrote mlx_model" in done.stdout
+    assert "[INFO] Wrote mlx_model with 4." in done.stdout
     assert bare.run("-c", LOAD, "mlx_model", cwd=tmp_path).stdout == "(1, 3, 320)\n"
