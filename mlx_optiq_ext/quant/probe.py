@@ -4,8 +4,9 @@ The network in front of the block is answered from the record. Used where the se
 uncertain, and for the published per-layer sweep (``--method kl``). Needs the model resident.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,17 +15,19 @@ from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.measure.divergence import kl_divergence
 from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.walk import get_module
-from mlx_optiq_ext.quant.correct import pack, unpack
+from mlx_optiq_ext.quant.calibrate import Ratio, fit_calibration
+from mlx_optiq_ext.quant.correct import Level, pack, unpack
 from mlx_optiq_ext.quant.errors_of import Floats
 from mlx_optiq_ext.quant.journal import Journal
-from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
 from mlx_optiq_ext.types.quant import Choice, Probe, Unit
 
-__all__ = ["Prober", "probe_every_choice", "probe_uncertain", "replaced"]
+__all__ = ["ProbeOutcome", "Prober", "Rounding", "probe_and_calibrate", "probe_every_choice", "replaced"]
 
-_UNCERTAIN_BITS = 3
-_RATIO_RANGE = (0.5, 2.0)
+_FIRST_LOOK = 24
+_FEWEST = 4
+_CLOSE = 0.25
+_GOLDEN = 7919
 
 
 @contextmanager
@@ -37,6 +40,36 @@ def replaced(tape: Tape, path: str, weight: mx.array) -> Iterator[None]:
         yield
     finally:
         module.weight = original
+
+
+class Rounding(NamedTuple):
+    """How probed tensors are rounded: as the table's errors were."""
+
+    units: tuple[Unit, ...]
+    level: Level
+    float_dtype: mx.Dtype
+    importance: Mapping[str, mx.array]
+    """E[x_j²] by path; a path without it is rounded plainly."""
+
+    def apply(self, tape: Tape, unit: Unit, choice: Choice) -> dict[str, mx.array]:
+        """The unit's weights as they would be stored, by path."""
+        result = {}
+        for path in unit.paths:
+            weight = get_module(tape.model, path).weight
+            importance = self.importance.get(path)
+            level: Level = "none" if importance is None or self.level == "none" else "fast"
+            packed = pack(weight, choice, level=level, float_dtype=self.float_dtype, importance=importance)
+            result[path] = unpack(packed, choice).astype(weight.dtype)
+        return result
+
+
+class ProbeOutcome(NamedTuple):
+    """What probing changed."""
+
+    probes: tuple[Probe, ...]
+    cost: float
+    """Forward-equivalents spent."""
+    notes: tuple[str, ...]
 
 
 class Prober:
@@ -80,85 +113,116 @@ class Prober:
         return np.array(values, dtype=np.float64)
 
 
-def probe_uncertain(
+def probe_and_calibrate(
     tape: Tape,
-    units: Sequence[Unit],
+    rounding: Rounding,
     estimates: Sequence[Probe],
     windows: Windows,
-    options: MeasureOptions,
-    float_dtype: mx.Dtype,
+    limit: int,
     progress: ProgressSink,
-) -> tuple[list[Probe], float, tuple[str, ...]]:
-    """Probe where the quadratic estimate may be off: the costliest units at 2 and 3 bits.
+) -> ProbeOutcome:
+    """Run exact probes on a sample of tensors and correct the estimates by what they show.
 
-    Returns:
-        Exact probes, their cost in forward-equivalents, notes on how the estimate fared.
+    Half of the sample are the costliest tensors, half are spread over the rest; each is probed at two
+    widths. Stops early where the first dozen agree with the estimate.
+
+    Args:
+        limit: Most forward-equivalents to spend.
     """
+    by_path = {unit.path: unit for unit in rounding.units}
     prober = Prober(tape, _one_window_per_domain(windows))
-    by_path = {unit.path: unit for unit in units}
-    wanted = [p for p in estimates if p.choice.bits <= _UNCERTAIN_BITS and p.choice.mode == "affine"]
-    wanted.sort(key=lambda p: (-p.divergence, p.path))
-    exact: list[Probe] = []
-    spent, ratios = 0.0, []
-    for estimate in wanted:
-        unit = by_path[estimate.path]
-        if spent + prober.cost(unit) > options.probes:
+    table = {(p.path, p.choice): p for p in estimates}
+    ratios: list[Ratio] = []
+    spent = 0.0
+    for unit in _sample(rounding.units, estimates):
+        pair = _two_choices(unit)
+        if spent + len(pair) * prober.cost(unit) > limit:
             break
-        values = prober.divergence(unit, _quantized(tape, unit, estimate.choice, float_dtype))
-        spent += prober.cost(unit)
-        on_same = np.array([estimate.by_domain[d] for d in windows.domain_index[prober.windows]])
-        ratio = float(values.mean() / max(on_same.mean(), 1e-12))
-        ratios.append(ratio)
-        exact.append(_probe(estimate, values, windows, prober.windows))
-        progress(
-            Progress(
-                stage="probe", done=min(round(spent), options.probes), total=options.probes, detail=unit.path
-            )
-        )
-    if not ratios:
-        return [], 0.0, ()
-    middle = float(np.median(ratios))
-    note = f"{len(ratios)} exact probes: exact / estimate has median {middle:.2f}"
-    if not _RATIO_RANGE[0] <= middle <= _RATIO_RANGE[1]:
-        note += " (outside the quadratic regime: trust allocations above 4 bits more)"
-    return exact, spent, (note,)
+        for choice in pair:
+            exact = prober.divergence(unit, rounding.apply(tape, unit, choice))
+            spent += prober.cost(unit)
+            ratio = _ratio(unit, choice, exact, table[unit.path, choice], windows, prober.windows)
+            if ratio is not None:
+                ratios.append(ratio)
+        progress(Progress(stage="probe", done=min(round(spent), limit), total=limit, detail=unit.path))
+        if len(ratios) == _FIRST_LOOK and _agrees(ratios):
+            break
+    progress(Progress(stage="probe", done=limit, total=limit))
+    if len(ratios) < _FEWEST:
+        return ProbeOutcome(tuple(estimates), spent, ())
+    fitted = fit_calibration(ratios)
+    note = (
+        f"{len(ratios)} exact probes of {len({r.path for r in ratios})} tensors: exact / estimate is about "
+        f"{np.exp(fitted.level):.2f} at 4 bits, × {np.exp(fitted.slope):.2f} per bit, "
+        f"± {100 * fitted.spread:.0f} % between tensors"
+    )
+    if _agrees(ratios):
+        return ProbeOutcome(tuple(estimates), spent, (note + "; the estimates are used as they are",))
+    return ProbeOutcome(
+        fitted.apply(estimates, by_path), spent, (note + "; the estimates are corrected by that",)
+    )
 
 
 def probe_every_choice(
-    tape: Tape,
-    units: Sequence[Unit],
-    windows: Windows,
-    options: MeasureOptions,
-    float_dtype: mx.Dtype,
-    journal: Journal,
-    progress: ProgressSink,
+    tape: Tape, rounding: Rounding, windows: Windows, journal: Journal, progress: ProgressSink
 ) -> tuple[tuple[Probe, ...], float]:
     """The published sweep: one exact probe of every unit × choice, plain rounding, cached prefixes."""
     prober = Prober(tape, range(tape.num_windows))
     probes: list[Probe] = []
     spent = 0.0
-    for done, unit in enumerate(units):
+    for done, unit in enumerate(rounding.units):
         if unit.path not in journal.costs:
             costs = np.zeros((len(unit.choices), tape.num_windows))
             for c, choice in enumerate(unit.choices):
                 if choice.mode != "keep":
-                    costs[c] = prober.divergence(unit, _quantized(tape, unit, choice, float_dtype))
+                    costs[c] = prober.divergence(unit, rounding.apply(tape, unit, choice))
                     spent += prober.cost(unit)
             journal.add(unit.path, costs)
         for choice, values in zip(unit.choices, journal.costs[unit.path], strict=True):
             empty = Probe(path=unit.path, choice=choice, divergence=0.0)
             probes.append(_probe(empty, values, windows, prober.windows))
-        progress(Progress(stage="probe", done=done + 1, total=len(units), detail=unit.path))
+        progress(Progress(stage="probe", done=done + 1, total=len(rounding.units), detail=unit.path))
     return tuple(probes), spent
 
 
-def _quantized(tape: Tape, unit: Unit, choice: Choice, float_dtype: mx.Dtype) -> dict[str, mx.array]:
-    result = {}
-    for path in unit.paths:
-        weight = get_module(tape.model, path).weight
-        packed = pack(weight, choice, level="none", float_dtype=float_dtype)
-        result[path] = unpack(packed, choice).astype(weight.dtype)
-    return result
+def _sample(units: Sequence[Unit], estimates: Sequence[Probe]) -> list[Unit]:
+    """Tensors in the order to probe them: the costliest and a spread over the rest, in turns."""
+    cost: dict[str, float] = {}
+    for probe in estimates:
+        cost[probe.path] = max(cost.get(probe.path, 0.0), probe.divergence)
+    ranked = sorted(
+        (u for u in units if len(_two_choices(u)) == 2 and cost.get(u.path, 0.0) > 0),
+        key=lambda u: -cost[u.path],
+    )
+    spread = [ranked[(k * _GOLDEN) % len(ranked)] for k in range(len(ranked))] if ranked else []
+    order = [unit for pair in zip(ranked, spread, strict=True) for unit in pair]
+    return list({unit.path: unit for unit in order}.values())
+
+
+def _two_choices(unit: Unit) -> list[Choice]:
+    """Widths to probe at: the affine choices nearest to 3 and 5 bits."""
+    affine = [c for c in unit.choices if c.mode == "affine"]
+    if not affine:
+        return []
+    picked = {min(affine, key=lambda c: (abs(c.bits - wanted), c)) for wanted in (3, 5)}
+    return sorted(picked)
+
+
+def _ratio(
+    unit: Unit, choice: Choice, exact: Floats, estimate: Probe, windows: Windows, used: Sequence[int]
+) -> Ratio | None:
+    expected = np.array([estimate.by_domain[d] for d in windows.domain_index[list(used)]])
+    if exact.mean() <= 0 or expected.mean() <= 0:
+        return None
+    relative = exact / exact.mean() - expected / expected.mean()
+    noise = float(relative.std(ddof=1) / np.sqrt(len(relative))) if len(relative) > 1 else 1.0
+    return Ratio(unit.path, unit.module, choice.bits, float(np.log(exact.mean() / expected.mean())), noise)
+
+
+def _agrees(ratios: Sequence[Ratio]) -> bool:
+    """Whether the estimates need no correction: right on average, and no tensor stands out."""
+    values = np.array([r.log_ratio for r in ratios])
+    return bool(abs(np.median(values)) < _CLOSE and values.std() < _CLOSE)
 
 
 def _probe(like: Probe, values: Floats, windows: Windows, used: Sequence[int]) -> Probe:

@@ -23,7 +23,7 @@ from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
-from mlx_optiq_ext.quant.probe import probe_every_choice, probe_uncertain
+from mlx_optiq_ext.quant.probe import Rounding, probe_and_calibrate, probe_every_choice
 from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.model import ModelRef
@@ -93,31 +93,37 @@ def measure_sensitivity(
     if options.method == "kl":
         if reference.how == "stream":
             raise UsageError("--method kl needs the model resident; use --method fisher, which streams")
-        probes, cost = probe_every_choice(
-            tape, units, windows, options, reference.stored_dtype, journal, progress
-        )
+        plain = Rounding(units, "none", reference.stored_dtype, {})
+        probes, cost = probe_every_choice(tape, plain, windows, journal, progress)
         return _table(reference, options, units, probes, windows.info, cost=cost)
-    probes, notes, columns = _estimate(run)
+    estimate = _estimate(run)
+    probes, notes = estimate.probes, estimate.notes
     cost = 1.0 + 3.0 * options.label_samples
-    exact: list[Probe] = []
     if options.probes and reference.how == "resident":
-        exact, probe_cost, probe_notes = probe_uncertain(
-            tape, units, probes, windows, options, reference.stored_dtype, progress
-        )
-        cost, notes = cost + probe_cost, notes + probe_notes
+        rounding = Rounding(units, options.correction, reference.stored_dtype, estimate.importance)
+        outcome = probe_and_calibrate(tape, rounding, probes, windows, options.probes, progress)
+        probes, cost, notes = outcome.probes, cost + outcome.cost, notes + outcome.notes
     elif options.probes:
         notes = (*notes, "no exact probes: the model was streamed")
     return _table(
-        reference, options, units, (*probes, *exact), windows.info, cost=cost, notes=notes, columns=columns
+        reference, options, units, probes, windows.info, cost=cost, notes=notes, columns=estimate.columns
     )
 
 
-def _estimate(run: _Run) -> tuple[tuple[Probe, ...], tuple[str, ...], dict[str, tuple[float, ...]]]:
-    """Second-order estimates of every unit × choice, notes, and column importances outside of blocks."""
+class _Estimate(NamedTuple):
+    probes: tuple[Probe, ...]
+    notes: tuple[str, ...]
+    columns: dict[str, tuple[float, ...]]
+    importance: dict[str, mx.array]
+
+
+def _estimate(run: _Run) -> _Estimate:
+    """Second-order estimates of every unit × choice."""
     by_path = {path: unit for unit in run.units for path in unit.paths}
     costs: dict[str, Floats] = dict(run.journal.costs)
     columns: dict[str, tuple[float, ...]] = {}
     coverage: list[str] = []
+    importance: dict[str, mx.array] = {}
     lookups: dict[str, UnitStatistics] = {}
     done = 0
 
@@ -134,6 +140,8 @@ def _estimate(run: _Run) -> tuple[tuple[Probe, ...], tuple[str, ...], dict[str, 
                 columns[path] = tuple(float(v) for v in np.array(statistics.importance()))
                 continue
             coverage += _coverage_notes(path, statistics)
+            importance[path] = statistics.importance()
+            mx.eval(importance[path])
             if path not in costs:
                 weight = get_module(run.reference.model, path).weight
                 costs[path] = divergence_of_choices(
@@ -149,7 +157,7 @@ def _estimate(run: _Run) -> tuple[tuple[Probe, ...], tuple[str, ...], dict[str, 
         *coverage,
         *(f"{path}: not run by the calibration text, kept at its widest choice" for path in unseen),
     )
-    return _probes(run, costs), notes, columns
+    return _Estimate(_probes(run, costs), notes, columns, importance)
 
 
 def _outside(
@@ -220,7 +228,7 @@ def _coverage_notes(path: str, statistics: UnitStatistics) -> list[str]:
     if not low:
         return []
     return [
-        f"{path}: {low} of {len(statistics.hits)} experts saw fewer than {_MIN_HITS} tokens; raise --num-tokens"
+        f"{path}: {low} of {len(statistics.hits)} experts saw under {_MIN_HITS} tokens; raise --num-tokens"
     ]
 
 
