@@ -32,8 +32,8 @@ unquantized tensors); `choice` bits + group size + mode, written `4g64`, `mxfp4`
 `unit` one tensor, or several that must be stored alike; `probe` one unit at one choice; `divergence`
 KL(reference ‖ changed), nats per token; `pin` a forced choice; `bit map` path → choice.
 
-Documents: README.md (start here), docs/architecture.md, docs/method.md, docs/formats.md, docs/platforms.md,
-docs/start-up.md, docs/style.md.
+Documents: README.md (start here), docs/architecture.md, docs/method.md, docs/calibration.md, docs/formats.md,
+docs/platforms.md, docs/start-up.md, docs/style.md.
 """
 
 
