@@ -6,13 +6,14 @@ Knows nothing of how the bit map was found.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_optiq_ext.measure.moments import Moments, input_moments
+from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.intercept import intercepted
 from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.taps import Call, UnitTap
@@ -21,7 +22,7 @@ from mlx_optiq_ext.quant.correct import Level, Packed, pack, unpack
 from mlx_optiq_ext.quant.reference import Reference
 from mlx_optiq_ext.quant.write import CheckpointWriter
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
-from mlx_optiq_ext.types.quant import BitMap, Choice
+from mlx_optiq_ext.types.quant import BitMap
 
 __all__ = ["Rewriter"]
 
@@ -37,7 +38,8 @@ class Rewriter:
         level: Correction; blocks that the text does not reach, and tensors without inputs to weigh by,
             fall back to a lower one.
         dtype: Stored type of scales, biases and unquantized tensors.
-        columns: Per embedding the importance of its columns (:attr:`SensitivityTable.column_importance`).
+        columns: Per embedding and transposed head the importance of its columns
+            (:attr:`SensitivityTable.column_importance`).
         writer: Where tensors go; None only replaces the weights in memory (resident models).
     """
 
@@ -100,10 +102,9 @@ class Rewriter:
 
         def head(_: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             as_head = bool(kwargs.pop("_as_linear", False)) or tape.paths[id(_)] in tape.heads
-            if not as_head:
-                return original(*args, **kwargs)
-            head_calls.append(Call(tape.paths[id(_)], args[0], None, False, True))
-            return original(args[0][:1, :1])
+            if as_head or not isinstance(_, nn.Embedding):
+                head_calls.append(Call(tape.paths[id(_)], copy(args[0]), None, False, as_head))
+            return original(args[0][:1, :1]) if as_head else original(*args, **kwargs)
 
         with intercepted(tape.blocks.modules, answer), intercepted(tape.outside, head):
             self._reference.model(tape.tokens)
@@ -124,6 +125,7 @@ class Rewriter:
             moments = None
             if path in by_path and self._choices[path].mode == "affine":
                 moments = input_moments(by_path[path], module.weight.shape, want_gram=self._level == "full")
+                moments = moments or self._known_moments(path)
             self._quantize(path, moments)
         self._rest(block, prefix)
 
@@ -133,14 +135,18 @@ class Rewriter:
             path = tape.paths[id(module)]
             moments: Moments | None = None
             own = [call for call in head_calls if call.path == path]
-            if own:
+            if own and self._choices[path].mode == "affine":
                 flat = own[0].x.reshape(-1, own[0].x.shape[-1])[:_HEAD_TOKENS]
                 moments = input_moments(
                     [own[0]._replace(x=flat)], module.weight.shape, want_gram=self._level == "full"
                 )
-            elif path in self._columns:
-                moments = Moments(mx.array(self._columns[path], dtype=mx.float32), None)
-            self._quantize(path, moments)
+            self._quantize(path, moments or self._known_moments(path))
+
+    def _known_moments(self, path: str) -> Moments | None:
+        """What the measurement noted for tensors whose last axis no input runs along."""
+        if path not in self._columns:
+            return None
+        return Moments(mx.array(self._columns[path], dtype=mx.float32), None)
 
     def _plain(self, progress: ProgressSink) -> None:
         """Quantize without correction, one unit at a time."""
@@ -161,7 +167,8 @@ class Rewriter:
         level: Level = self._level
         if moments is None and level != "none":
             level = "none"
-            self.fallbacks.append(path)
+            if choice.mode == "affine":
+                self.fallbacks.append(path)
         elif level == "full" and moments is not None and moments.gram is None:
             level = "fast"
         packed = pack(
@@ -189,7 +196,7 @@ class Rewriter:
 
     def _rest(self, module: nn.Module, prefix: str) -> None:
         """Write every parameter below ``module`` that no unit wrote."""
-        for name, array in tree_flatten(module.parameters()):
+        for name, array in named_arrays(module.parameters()):
             full = prefix + name
             if full.rpartition(".")[0] in self._written and full.endswith(".weight"):
                 continue
@@ -202,4 +209,3 @@ class Rewriter:
     def _write(self, name: str, array: mx.array) -> None:
         if self._writer is not None and name not in self._writer.names:
             self._writer.add(name, array)
-

@@ -85,6 +85,6 @@ def _require_finite(path: str, captures: list[tuple[int, Capture]]) -> None:
     finite = mx.stack([mx.all(mx.isfinite(capture.g)) for _, capture in captures])
     if not bool(mx.all(finite)):
         raise MeasurementError(
-            f"{path}: gradients are not finite; measure in float32 (the weights may overflow in half precision) "
+            f"{path}: gradients are not finite; measure in float32 (half precision may overflow) "
             "or use --method static"
         )

@@ -30,6 +30,9 @@ Floats = npt.NDArray[np.float64]
 class UnitStatistics(Protocol):
     """What one tensor's captures tell about it."""
 
+    by_gradient: bool
+    """True where :meth:`importance` is of output gradients, which whoever only sees inputs cannot know."""
+
     def importance(self) -> mx.array:
         """E[x_j²] per input column: (I,), or (E, I) for experts; float32."""
         ...
@@ -69,6 +72,7 @@ class LinearStatistics:
         self._windows = windows
         self._scale = 0.5 * num_windows / (positions * len(windows))
         self._num_windows = num_windows
+        self.by_gradient = False
 
     def importance(self) -> mx.array:
         """E[x_j²] (I,)."""
@@ -102,6 +106,7 @@ class ExpertStatistics:
         positions: Positions per item (T).
         num_windows: W.
         num_experts: E.
+        by_gradient: ``x`` and ``g`` have changed places (the tensor is used as x @ W).
     """
 
     def __init__(
@@ -113,7 +118,9 @@ class ExpertStatistics:
         positions: int,
         num_windows: int,
         num_experts: int,
+        by_gradient: bool = False,
     ) -> None:
+        self.by_gradient = by_gradient
         self._x = mx.concatenate(x).astype(mx.float32)
         self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
         owner = np.concatenate(experts)
@@ -131,7 +138,12 @@ class ExpertStatistics:
         return [len(rows) for rows in self._rows]
 
     def importance(self) -> mx.array:
-        """E[x_j²] per expert (E, I), rarely used experts pulled towards the mean of all."""
+        """E[x_j²] per expert (E, I), rarely used experts pulled towards the mean of all.
+
+        With ``by_gradient`` one for all (I,): it is stored for the writer.
+        """
+        if self.by_gradient:
+            return mx.mean(mx.square(self._x), axis=0)
         return expert_importance(self._x, self._rows)
 
     def gram(self) -> mx.array:
@@ -178,6 +190,7 @@ class EmbeddingStatistics:
         positions: int,
         num_windows: int,
     ) -> None:
+        self.by_gradient = True
         self._ids = np.concatenate(ids)
         self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
         self._window = np.concatenate([np.full(len(i), w) for i, w in zip(ids, windows, strict=True)])
@@ -231,7 +244,7 @@ def statistics_of(
     ]
     return ExpertStatistics(
         [x for x, _, _ in rows], [g for _, g, _ in rows], [e for _, _, e in rows],
-        windows, positions, num_windows, weight_shape[0],
+        windows, positions, num_windows, weight_shape[0], by_gradient=first.transposed,
     )  # fmt: skip
 
 
@@ -242,7 +255,7 @@ def _routed_rows(capture: Capture) -> tuple[mx.array, mx.array, npt.NDArray[np.i
 
 
 def _head_rows(capture: Capture, num_heads: int) -> tuple[mx.array, mx.array, npt.NDArray[np.int64]]:
-    """The same for per-head linears: inputs (B, H or 1, T, I), gradients (B, H, T, O); swapped where x @ W."""
+    """The same for per-head linears: x (B, H or 1, T, I), g (B, H, T, O); swapped where x @ W."""
     g = capture.g
     x = mx.broadcast_to(capture.call.x, (*g.shape[:-1], capture.call.x.shape[-1]))
     axis = next(a for a in range(g.ndim - 1) if g.shape[a] == num_heads)

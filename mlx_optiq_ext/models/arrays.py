@@ -1,11 +1,19 @@
-"""Take the arrays out of a nest of arguments and put others back in their place."""
+"""Take the arrays out of a nest of arguments or parameters, and put others back in their place."""
 
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-__all__ = ["split_arrays"]
+__all__ = ["named_arrays", "split_arrays"]
+
+
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """Every array of a module's parameters with its dotted name, in the order of the tree."""
+    pairs = tree_flatten(tree)
+    assert isinstance(pairs, list)
+    return pairs
 
 
 def split_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], Any]]:
@@ -32,6 +40,6 @@ def split_arrays(tree: Any) -> tuple[list[mx.array], Callable[[list[mx.array]], 
         if type(node) is dict:
             items = {key: strip(value) for key, value in node.items()}
             return lambda arrays: {key: part(arrays) for key, part in items.items()}
-        return lambda arrays: node
+        return lambda _: node
 
     return leaves, strip(tree)

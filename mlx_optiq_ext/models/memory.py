@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.families import find_blocks
 
 __all__ = ["BlockMemory", "StreamedMemory"]
@@ -20,7 +21,7 @@ class BlockMemory:
     """Everything stays resident."""
 
     @contextmanager
-    def present(self, block: int) -> Iterator[None]:
+    def present(self, block: int) -> Iterator[None]:  # noqa: ARG002
         """Hold one block's weights while the body runs."""
         yield
 
@@ -56,7 +57,7 @@ class StreamedMemory(BlockMemory):
     def _refresh(self, block: int) -> None:
         prefix = f"{self._blocks.prefix}.{block}."
         if not any(name.startswith(prefix) for name in self._pool):
-            self._pool = dict(tree_flatten(self._fresh().parameters()))
+            self._pool = dict(named_arrays(self._fresh().parameters()))
         own = [name for name in self._pool if name.startswith(prefix)]
         lazy = [(name[len(prefix) :], self._pool.pop(name)) for name in own]
         self._blocks.modules[block].update(tree_unflatten(lazy))

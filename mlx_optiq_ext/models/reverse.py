@@ -1,11 +1,12 @@
 """Differentiate a recorded forward pass in reverse, one block in memory, with recomputation.
 
-Gradients cross block boundaries by the identity of the recorded arrays; what a family computes between
-blocks is differentiated through the outer function. Yields, per block, what each quantizable module saw
-and the gradient of its output. Called by ``measure``.
+Gradients cross block boundaries where a call's input is an earlier call's output; what a family computes
+between blocks is differentiated through the outer function. Yields, per block, what each quantizable
+module saw and the gradient of its output. Called by ``measure``.
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -83,7 +84,7 @@ class Reverse:
         block, members = self._tape.blocks.modules[node.block], self._tape.members(node.block)
 
         def run(tap: UnitTap, free_inputs: list[mx.array]) -> list[mx.array]:
-            full = list(inputs)
+            full = [copy(leaf) for leaf in inputs]
             for k, leaf in zip(free, free_inputs, strict=True):
                 full[k] = leaf
             args, kwargs = node.rebuild_inputs(full)
@@ -110,7 +111,7 @@ class Reverse:
 
     def _pass_down(self, n: int, position: int, item: int, gradient: mx.array) -> None:
         """Add the gradient of one input of call ``n`` to whatever made it."""
-        source = self._tape.made_by.get(id(self._tape.nodes[n].inputs[position]))
+        source = self._tape.nodes[n].sources[position]
         if source is not None:
             self._add(*source, item, gradient)
             return

@@ -7,6 +7,7 @@ quantization; ``reverse`` differentiates the record.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -34,6 +35,8 @@ class Node(NamedTuple):
     input_axes: list[int | None]
     """Per input the axis that counts windows, None where the input is the same for all."""
     output_axes: list[int | None]
+    sources: list[tuple[int, int] | None]
+    """Per input the (call, output) that it is, None where the outer function made it."""
 
     def window_inputs(self, window: int) -> list[mx.array]:
         """Inputs of one window, the window axis kept."""
@@ -60,7 +63,8 @@ class Tape:
         self.memory = memory or BlockMemory()
         self.blocks = find_blocks(model)
         self.nodes: list[Node] = []
-        self.made_by: dict[int, tuple[int, int]] = {}
+        self.tied_head: str | None = None
+        """Path of the embedding that serves as head; known after :meth:`forward`."""
         modules = quantizable_modules(model)
         self.paths = {id(module): path for path, module in modules.items()}
         vocab = max((m.weight.shape[0] for m in modules.values() if isinstance(m, nn.Embedding)), default=0)
@@ -91,19 +95,23 @@ class Tape:
             UnsupportedModel: The model calls none of its blocks.
         """
         shapes = self._shapes_of_one_more()
-        self.nodes, self.made_by = [], {}
+        self.nodes, origins = [], _Origins()
 
         def run(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             index = self._block_index[id(module)]
-            inputs, rebuild_inputs = split_arrays((args, kwargs))
+            given, rebuild_inputs = split_arrays((args, kwargs))
+            sources = [origins.of(leaf) for leaf in given]
+            inputs = [copy(leaf) for leaf in given]
             with self.memory.present(index):
                 output = original(*args, **kwargs)
-                outputs, rebuild_outputs = split_arrays(output)
-                mx.eval(outputs, inputs)
+                made, rebuild_outputs = split_arrays(output)
+                mx.eval(made, inputs)
+            outputs = [copy(leaf) for leaf in made]
             input_shapes, output_shapes = shapes[len(self.nodes)]
             axes = _grown_axes(input_shapes, inputs), _grown_axes(output_shapes, outputs)
-            self.made_by.update({id(leaf): (len(self.nodes), k) for k, leaf in enumerate(outputs)})
-            self.nodes.append(Node(index, rebuild_inputs, rebuild_outputs, inputs, outputs, *axes))
+            handed_through = {id(leaf): value for leaf, value in zip(given, inputs, strict=True)}
+            origins.add(len(self.nodes), made, outputs, handed_through)
+            self.nodes.append(Node(index, rebuild_inputs, rebuild_outputs, inputs, outputs, *axes, sources))
             on_call(len(self.nodes))
             return output
 
@@ -131,8 +139,9 @@ class Tape:
         tap = tap or UnitTap(self.paths, self.heads, head=head)
 
         def answer(_: nn.Module, __: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            inputs.append(split_arrays((args, kwargs))[0])
-            return self.nodes[len(inputs) - 1].rebuild_outputs(outputs[len(inputs) - 1])
+            inputs.append([copy(leaf) for leaf in split_arrays((args, kwargs))[0]])
+            node = self.nodes[len(inputs) - 1]
+            return node.rebuild_outputs([copy(leaf) for leaf in outputs[len(inputs) - 1]])
 
         with intercepted(self.blocks.modules, answer), intercepted(self.outside, tap):
             logits = logits_of(self.model(self.tokens[window : window + 1]))
@@ -166,11 +175,42 @@ class Tape:
             shapes.append((inputs, [leaf.shape for leaf in split_arrays(output)[0]]))
             return output
 
-        with intercepted(self.blocks.modules, note):
+        def watch(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if kwargs.pop("_as_linear", False):
+                self.tied_head = self.paths[id(module)]
+            return original(*args, **kwargs)
+
+        with intercepted(self.blocks.modules, note), intercepted(self.outside, watch):
             self.model(mx.concatenate([self.tokens, self.tokens[:1]]))
         if not shapes:
             raise UnsupportedModel(f"{type(self.model).__module__}: the model runs none of its listed blocks")
         return shapes
+
+
+class _Origins:
+    """Which call made an array that the outer function hands on.
+
+    Families change arrays in place (``h[1:] = ...``), which keeps the Python object: an object counts as a
+    call's output only while it still has the value that the call gave it.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[mx.array, mx.array, tuple[int, int]]] = {}
+
+    def of(self, leaf: mx.array) -> tuple[int, int] | None:
+        """(call, output) that an array is, None where it is something else; evaluates."""
+        if id(leaf) not in self._made:
+            return None
+        _, value, source = self._made[id(leaf)]
+        return source if _same(leaf, value) else None
+
+    def add(
+        self, call: int, made: list[mx.array], values: list[mx.array], handed_through: dict[int, mx.array]
+    ) -> None:
+        """Note what a call made; an array that it only handed through keeps its origin."""
+        for k, (leaf, value) in enumerate(zip(made, values, strict=True)):
+            if id(leaf) not in handed_through or not _same(handed_through[id(leaf)], value):
+                self._made[id(leaf)] = (leaf, value, (call, k))
 
 
 def logits_of(output: Any) -> mx.array:
@@ -178,6 +218,10 @@ def logits_of(output: Any) -> mx.array:
     found = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     assert isinstance(found, mx.array)
     return found
+
+
+def _same(one: mx.array, other: mx.array) -> bool:
+    return one.dtype == other.dtype and bool(mx.array_equal(one, other))
 
 
 def _grown_axes(one_more: list[tuple[int, ...]], leaves: Iterable[mx.array]) -> list[int | None]:

@@ -1,6 +1,7 @@
 """What a quantizable module saw in one call, and the handler that notes it."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -71,7 +72,7 @@ class UnitTap:
             return self._head(args[0], original) if self._head is not None else original(*args, **kwargs)
         second = args[1] if len(args) > 1 else kwargs.get("indices", kwargs.get("transpose"))
         experts = second if isinstance(second, mx.array) else None
-        self.calls.append(Call(path, args[0], experts, second is False, False))
+        self.calls.append(Call(path, copy(args[0]), experts, second is False, False))
         y = original(*args, **kwargs)
         self.output_shapes.append((y.shape, y.dtype))
         if self._deltas is not None:

@@ -4,16 +4,16 @@ Knows mlx-lm's module kinds, not its model files; reads family facts from ``fami
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear
 from mlx_lm.models.switch_layers import SwitchLinear
 from msgspec.structs import replace
 
 from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.families import experts_per_token, find_blocks, is_router, is_state_projection
 from mlx_optiq_ext.types.quant import AFFINE_GROUPS, KEEP, Choice, Unit, UnitKind
 
@@ -22,14 +22,11 @@ __all__ = ["Quantizable", "fixed_bits", "get_module", "list_units", "quantizable
 _EIGHT_BITS = Choice(bits=8, group_size=64)
 
 
-class Quantizable(Protocol):
-    """A module that mlx can quantize."""
+class Quantizable(nn.Module):
+    """What every module that mlx can quantize has; for annotations only."""
 
     weight: mx.array
-
-    def to_quantized(self, group_size: int, bits: int, mode: str = "affine") -> nn.Module:
-        """Return the quantized form."""
-        ...
+    """(O, I), or (E, O, I) for experts and heads."""
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -105,7 +102,7 @@ def list_units(model: nn.Module, config: dict[str, Any], candidates: Sequence[Ch
 
 def total_numel(model: nn.Module) -> int:
     """Number of weights of the model, quantizable or not."""
-    return sum(array.size for _, array in tree_flatten(model.parameters()))
+    return sum(array.size for _, array in named_arrays(model.parameters()))
 
 
 def fixed_bits(model: nn.Module, units: Iterable[Unit], float_bits: int) -> int:
@@ -113,7 +110,7 @@ def fixed_bits(model: nn.Module, units: Iterable[Unit], float_bits: int) -> int:
     weights = {f"{path}.weight" for unit in units for path in unit.paths}
     bits = 0
     keeps_type = getattr(model, "cast_predicate", lambda _: True)
-    for name, array in tree_flatten(model.parameters()):
+    for name, array in named_arrays(model.parameters()):
         if name not in weights:
             cast_to = (
                 float_bits

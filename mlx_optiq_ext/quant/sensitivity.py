@@ -135,9 +135,10 @@ def _estimate(run: _Run) -> _Estimate:
     for block in fisher_pass(run.tape, samples=run.options.label_samples, seed=run.options.seed):
         for path, statistics in block.units.items():
             unit = by_path[path]
+            if statistics.by_gradient:
+                columns[path] = tuple(float(v) for v in np.array(statistics.importance()))
             if block.block is None and unit.kind == "embedding":
                 lookups[path] = statistics
-                columns[path] = tuple(float(v) for v in np.array(statistics.importance()))
                 continue
             coverage += _coverage_notes(path, statistics)
             importance[path] = statistics.importance()
@@ -164,11 +165,8 @@ def _outside(
     run: _Run, lookups: Mapping[str, UnitStatistics], costs: dict[str, Floats], report: object
 ) -> None:
     """Embeddings and head, once everything else is measured."""
-    tied = not run.tape.heads
     for unit in run.units:
-        is_head = unit.path in run.tape.heads or (
-            tied and unit.kind == "embedding" and _is_token_table(run, unit)
-        )
+        is_head = unit.path in run.tape.heads or run.tape.tied_head in unit.paths
         if not is_head and unit.path not in lookups:
             continue
         if unit.path not in costs:
@@ -186,12 +184,6 @@ def _outside(
             run.journal.add(unit.path, costs[unit.path])
         assert callable(report)
         report(unit.path)
-
-
-def _is_token_table(run: _Run, unit: Unit) -> bool:
-    """Whether this embedding is the one that serves as head: as many rows as there are logits."""
-    tables = [u for u in run.units if u.kind == "embedding"]
-    return len(tables) == 1 or unit.shape[0] == int(run.tape.logits(0).shape[-1])
 
 
 def _probes(run: _Run, costs: Mapping[str, Floats]) -> tuple[Probe, ...]:

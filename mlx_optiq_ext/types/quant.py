@@ -194,7 +194,7 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
     """Cost of the measurement in forward passes over the calibration text."""
     code_version: str = ""
     column_importance: dict[str, tuple[float, ...]] = {}
-    """Per embedding: how much an error in each column of a looked-up row is felt (E[g_j²])."""
+    """Per embedding and transposed head: how much an error in each column is felt (E[g_j²])."""
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
