@@ -91,7 +91,8 @@ def bits_table(allocation: Allocation, table: SensitivityTable | None = None) ->
     """How many modules, and with a table how many weights and how much divergence, each choice got."""
     modules = Counter(allocation.bit_map.choices.values())
     columns: tuple[str, ...] = ("storage", "bits/weight", "modules")
-    rows = [[c.label, _bpw(c), str(modules[c])] for c in sorted(modules)]
+    float_bits = table.float_bits if table else 16
+    rows = [[c.label, f"{c.bpw(float_bits):g}", str(modules[c])] for c in sorted(modules)]
     if table is not None:
         columns += ("share of weights", "predicted KL")
         numel: defaultdict[Choice, int] = defaultdict(int)
@@ -224,7 +225,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def _bpw(choice: Choice) -> str:
-    return "as is" if choice.mode == "keep" else f"{choice.bpw():g}"

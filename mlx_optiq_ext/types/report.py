@@ -9,7 +9,7 @@ __all__ = ["Curve", "CurvePoint", "HeatCell", "HeatMap", "Report", "TextTable"]
 
 
 class TextTable(msgspec.Struct, frozen=True, kw_only=True):
-    """A table ready to be shown; the first column is text, the others are numbers set to the right."""
+    """A table ready to be shown."""
 
     title: str
     columns: tuple[str, ...]
@@ -17,6 +17,11 @@ class TextTable(msgspec.Struct, frozen=True, kw_only=True):
     highlight: int | None = None
     """Index of the row that the report is about."""
     note: str = ""
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, set to the left; numbers are set to the right."""
+        cells = [row[column] for row in self.rows if row[column]]
+        return column == 0 or not all(cell == "–" or cell.lstrip("+-<")[:1].isdigit() for cell in cells)
 
 
 class HeatCell(msgspec.Struct, frozen=True, kw_only=True):

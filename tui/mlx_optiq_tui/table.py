@@ -26,7 +26,7 @@ def draw_table(table: TextTable, style: Style) -> str:
     if _total(_widths(cells)) > style.width:
         cells = [[_broken(cell[0]) for cell in row] for row in cells]
     widths = _fitted(_widths(cells), style.width)
-    is_text = [all(not _is_number(row[i]) for row in table.rows if row[i]) for i in range(len(table.columns))]
+    is_text = [table.is_text(i) for i in range(len(table.columns))]
     lines = [paint(table.title, style, bold=True)] if table.title else []
     for index, row in enumerate(cells):
         for height in range(max(len(cell) for cell in row)):
@@ -76,13 +76,9 @@ def _fitted(widths: list[int], width: int) -> list[int]:
     return widths
 
 
-def _is_number(cell: str) -> bool:
-    return cell in {"–", "as is"} or cell.lstrip("+-−<≤")[:1].isdigit()
-
-
 def _line(parts: Sequence[str], widths: Sequence[int], is_text: Sequence[bool]) -> str:
     columns = []
     for index, (part, width) in enumerate(zip(parts, widths, strict=True)):
         cut = part if len(part) <= width else part[: width - 1] + "…"
-        columns.append(cut.ljust(width) if index == 0 or is_text[index] else cut.rjust(width))
+        columns.append(cut.ljust(width) if is_text[index] else cut.rjust(width))
     return _GAP.join(columns).rstrip()
