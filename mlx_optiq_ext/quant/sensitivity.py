@@ -23,7 +23,7 @@ from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
-from mlx_optiq_ext.quant.probe import Rounding, probe_and_calibrate, probe_every_choice
+from mlx_optiq_ext.quant.probe import Rounding, check_estimates, probe_every_choice
 from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.model import ModelRef
@@ -101,8 +101,8 @@ def measure_sensitivity(
     cost = 1.0 + 3.0 * options.label_samples
     if options.probes and reference.how == "resident":
         rounding = Rounding(units, options.correction, reference.stored_dtype, estimate.importance)
-        outcome = probe_and_calibrate(tape, rounding, probes, windows, options.probes, progress)
-        probes, cost, notes = outcome.probes, cost + outcome.cost, notes + outcome.notes
+        spent, remarks = check_estimates(tape, rounding, probes, windows, options.probes, progress)
+        cost, notes = cost + spent, notes + remarks
     elif options.probes:
         notes = (*notes, "no exact probes: the model was streamed")
     return _table(

@@ -49,17 +49,17 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = None
     num_tokens: Annotated[
         int, msgspec.Meta(ge=64, description="Calibration tokens in all, spread evenly over domains.")
-    ] = 1024
+    ] = 2048
     window: Annotated[int, msgspec.Meta(ge=16, le=8192, description="Tokens per window.")] = 128
     label_samples: Annotated[
         int, msgspec.Meta(ge=1, le=16, description="Sampled labels per position (backward passes).")
-    ] = 2
+    ] = 1
     probes: Annotated[
         int,
         msgspec.Meta(
-            ge=0, description="Exact probes to spend where the estimate is uncertain (forward equivalents)."
+            ge=0, description="Forward equivalents to spend on exact probes that check the estimates."
         ),
-    ] = 24
+    ] = 8
     seed: Annotated[int, msgspec.Meta(ge=0, description="Seed of label sampling.")] = 0
     resume: Annotated[bool, _d("Continue a stopped measurement with the same settings.")] = True
     trust_remote_code: Annotated[bool, _d("Run model code that comes with the checkpoint.")] = False
