@@ -1,5 +1,7 @@
 """llms.txt and the help texts are what the code generates; `make docs` brings them up to date."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -62,3 +64,15 @@ def test_documents_use_only_options_that_exist(document: str) -> None:
     ]
     unknown = {flag for flag in shown if flag not in known and flag.replace("--optiq-", "--") not in known}
     assert unknown == set()
+
+
+def test_the_python_example_imports_only_public_names() -> None:
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    imports = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if (node.module or "").startswith("mlx_optiq_ext")]
+    assert len(ours) >= 3
+    for node in ours:
+        public = importlib.import_module(str(node.module)).__all__
+        assert {alias.name for alias in node.names} <= set(public)
