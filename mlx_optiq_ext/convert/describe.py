@@ -5,10 +5,14 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_optiq_ext.convert.card import card_facts, has_chat_template
 from mlx_optiq_ext.formats.arguments import option_names
+from mlx_optiq_ext.formats.atomic import write_bytes_atomic
+from mlx_optiq_ext.hub.card import render_card
 from mlx_optiq_ext.types.metadata import CheckpointMetadata
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, MeasureOptions
+from mlx_optiq_ext.types.quant import SensitivityTable
 from mlx_optiq_ext.types.score import ScoreReport
 
 __all__ = ["command_line", "write_card"]
@@ -41,5 +45,24 @@ def command_line(ref: ModelRef, options: ConvertOptions, out: Path) -> str:
     return shlex.join([*words, "-o", out.name])
 
 
-def write_card(folder: Path, ref: ModelRef, metadata: CheckpointMetadata, score: ScoreReport | None) -> None:
-    """Write README.md, the model card, into the checkpoint."""
+def write_card(
+    folder: Path,
+    name: str,
+    ref: ModelRef,
+    metadata: CheckpointMetadata,
+    table: SensitivityTable | None,
+    score: ScoreReport | None,
+) -> None:
+    """Write README.md, the model card, into the checkpoint.
+
+    Args:
+        folder: The checkpoint, which has its tokenizer files already.
+        name: What readers will type to load it: folder or repository name.
+        ref: The base model.
+        metadata: How the checkpoint was made.
+        table: Gives the share of weights per choice.
+        score: Comparison on held-out text.
+    """
+    is_chat = has_chat_template(folder)
+    facts = card_facts(name, ref, metadata, table=table, score=score, is_chat=is_chat)
+    write_bytes_atomic(folder / "README.md", render_card(facts).encode())

@@ -284,7 +284,8 @@ def _describe(
         notes=result.notes,
     )
     write_metadata(folder, metadata)
-    write_card(folder, ref, metadata, result.score)
+    name = options.upload_repo or Path(result.out).name
+    write_card(folder, name, ref, metadata, table, result.score)
 
 
 def _clear_work(out: Path) -> None:

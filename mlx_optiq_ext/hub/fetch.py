@@ -37,6 +37,7 @@ _PATTERNS = (
     "*.tiktoken",
     "tokenizer.model",
     "tiktoken.model",
+    "README.md",
     "model*.safetensors",
 )
 _MEGABYTE = 1_000_000

@@ -46,7 +46,7 @@ def bits_scene(heat: HeatMap) -> Scene | None:
     legend, height = _bits_legend(shown, width, bottom)
     return Scene(
         title="Bits by block and module",
-        subtitle="Columns are blocks, rows are modules. The digit is the nominal width of a code; F is left as it is.",
+        subtitle="Columns are blocks, rows are modules; digits are the bits of a code, F is left as it is.",
         width=width,
         height=height,
         shapes=(*shapes, *legend),

@@ -136,10 +136,14 @@ def size_text(nbytes: int) -> str:
 
 def _facts(table: SensitivityTable | None, allocation: Allocation | None) -> tuple[tuple[str, str], ...]:
     facts: list[tuple[str, str]] = []
-    if allocation is not None:
+    if allocation is not None and allocation.nbytes:
+        facts.append(("size of weights", size_text(allocation.nbytes)))
+    if allocation is not None and allocation.achieved_bpw:
         facts += [
-            ("stored bits per weight", f"{allocation.achieved_bpw:.3f} (ceiling {allocation.target_bpw:g})"),
-            ("size of weights", size_text(allocation.nbytes)),
+            (
+                "stored bits per weight",
+                f"{allocation.achieved_bpw:.3f} (ceiling {allocation.target_bpw:.3f})",
+            ),
             (
                 "predicted KL",
                 f"{_plus_minus(allocation.predicted_divergence, allocation.predicted_stderr)} nats/token",
@@ -147,7 +151,7 @@ def _facts(table: SensitivityTable | None, allocation: Allocation | None) -> tup
         ]
     if table is not None:
         units = f"{len(table.units)} units in {_num_blocks(table)} blocks, {table.total_numel:,d} weights"
-        facts.append(("model", f"{table.model.source or table.model.model_type} ({units})"))
+        facts.append(("model", f"{_source_name(table)} ({units})"))
         cost = f", {table.forward_equivalents:.3g} forward passes" if table.forward_equivalents else ""
         facts.append(("measured by", f"{table.method}, reference {table.reference}{cost}"))
         text = table.calibration
@@ -156,6 +160,13 @@ def _facts(table: SensitivityTable | None, allocation: Allocation | None) -> tup
     if correction is not None:
         facts.append(("correction", correction))
     return tuple(facts)
+
+
+def _source_name(table: SensitivityTable) -> str:
+    """Repository id, or the last part of a folder's path."""
+    source = table.model.source.rstrip("/")
+    is_path = source.count("/") != 1 or source.startswith((".", "/", "~"))
+    return (source.rpartition("/")[2] if is_path else source) or table.model.model_type
 
 
 def _num_blocks(table: SensitivityTable) -> int:

@@ -103,7 +103,8 @@ def _table(table: TextTable) -> str:
     body = "\n".join(rows)
     return (
         f'<section>\n<h2>{escape(table.title)}</h2>\n<p class="sub">{escape(table.note)}</p>\n'
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n</section>'
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n'
+        "</section>"
     )
 
 

@@ -7,18 +7,21 @@ given again.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from mlx_optiq_ext.cli.arguments import add_options, options_from
-from mlx_optiq_ext.cli.commands.allocate import render as render_allocation
+from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
+from mlx_optiq_ext.convert.card import has_chat_template
 from mlx_optiq_ext.convert.model import ConversionResult, convert_model
 from mlx_optiq_ext.formats.atomic import require_absent
 from mlx_optiq_ext.hub.resolve import resolve_model
-from mlx_optiq_ext.quant.report import comparison_table
+from mlx_optiq_ext.quant.report import build_report
 from mlx_optiq_ext.types.options import ConvertOptions
+from mlx_optiq_integrations.usage import snippets_text, usage_snippets
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "render", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +41,16 @@ def run(args: argparse.Namespace) -> int:
     result = convert_model(ref, options, out, progress=console.progress)
     for note in result.notes:
         console.note(f"note: {note}")
-    console.result(result, _render(result))
+    console.result(result, "" if console.json_output else render(result, is_terminal=console.out.isatty()))
     return 0
 
 
-def _render(result: ConversionResult) -> str:
-    return result.out
+def render(result: ConversionResult, *, is_terminal: bool) -> str:
+    """What came out, for people: bits, comparison, heat map, and how to run it."""
+    out = Path(result.out)
+    report = build_report(out.name, allocation=result.allocation, score=result.score)
+    usage = snippets_text(usage_snippets(result.out, is_chat=has_chat_template(out)))
+    return (
+        f"{terminal_text(report, is_terminal=is_terminal)}\n\n{usage}\n\n"
+        f"All pictures: optiq report {shlex.quote(result.out)} --format html --out report.html"
+    )
