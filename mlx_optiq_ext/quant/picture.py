@@ -95,4 +95,4 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 
 def text_width(text: str, size: float = 13.0) -> float:
     """Approximate width of text in a proportional sans-serif face; errs on the wide side."""
-    return sum(0.34 if letter in " .,:;|'ijlt()[]" else 0.62 for letter in text) * size
+    return sum(0.34 if letter in " .,:;|'ijlt()[]" else 0.64 for letter in text) * size

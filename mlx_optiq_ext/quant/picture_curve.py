@@ -112,7 +112,7 @@ class _Plot:
             x, y = self.place(point.bpw, point.divergence)
             half = _HALF_INTERVAL * point.stderr
             low, high = (self.place(point.bpw, point.divergence + sign * half)[1] for sign in (-1, 1))
-            if half > 0 and point.divergence > half and low - high > 12:
+            if half > 0 and point.divergence > half and low - high > 20:
                 shapes.append(Line(x1=x, y1=low, x2=x, y2=high, ink=ink, width=1.5))
                 shapes += [
                     Line(x1=x - 4, y1=end, x2=x + 4, y2=end, ink=ink, width=1.5) for end in (low, high)

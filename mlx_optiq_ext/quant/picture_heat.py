@@ -17,7 +17,7 @@ _SIDE = 64.0
 _GAP = 1.0
 _OUTSIDE_HEIGHT = 22.0
 _MOST_OUTSIDE = 12
-_NARROWEST, _WIDEST = 9.0, 30.0
+_NARROWEST, _WIDEST = 9.0, 44.0
 
 
 class _Look(NamedTuple):

@@ -235,4 +235,6 @@ def _exponent(value: float) -> int:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
+    if value == 0:
+        return "0"
+    return f"{value:#.3g}".rstrip(".") if 1e-3 <= abs(value) < 1e3 else f"{value:.3g}"

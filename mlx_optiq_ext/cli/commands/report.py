@@ -115,16 +115,18 @@ def load_report(path: Path) -> Report:
 
 
 def predicted_curve(table: SensitivityTable) -> tuple[CurvePoint, ...]:
-    """Best allocations from the cheapest to the widest quantized choice, evenly spaced in bits."""
-    widths = [
-        choice.bpw(table.float_bits)
-        for choice in {probe.choice for probe in table.probes}
-        if choice.mode != "keep"
-    ]
-    if not widths:
-        return ()
-    low, high = min(widths), max(widths)
-    targets = [low + (high - low) * i / (_CURVE_POINTS - 1) + 0.005 for i in range(_CURVE_POINTS)]
+    """Best allocations from all units at their cheapest to all at their widest quantized choice."""
+    numel = {unit.path: unit.numel for unit in table.units}
+    stored: dict[str, list[int]] = {}
+    for probe in table.probes:
+        if probe.choice.mode != "keep":
+            bits = probe.choice.stored_bits(numel[probe.path], table.float_bits)
+            stored.setdefault(probe.path, []).append(bits)
+    low, high = (
+        (table.fixed_bits + sum(pick(bits) for bits in stored.values())) / table.total_numel
+        for pick in (min, max)
+    )
+    targets = [low + (high - low) * i / (_CURVE_POINTS - 1) + 1e-4 for i in range(_CURVE_POINTS)]
     points = dict(divergence_curve(table, targets))
     return tuple(CurvePoint(bpw=bpw, divergence=points[bpw]) for bpw in sorted(points))
 
