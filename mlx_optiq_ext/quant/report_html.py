@@ -139,9 +139,8 @@ def _shape(shape: Shape) -> str:
 
 
 def _dot(dot: Dot) -> str:
-    fill = _paint("fill", dot.ink if dot.is_filled else "page")
-    edge = _paint("stroke", "page" if dot.is_filled else dot.ink)
-    look = f'{fill} {edge} stroke-width="{1.5 if dot.is_filled else 2.5}"'
+    fill, edge = (dot.ink, "page") if dot.is_filled else ("page", dot.ink)
+    look = f'style="fill:{_value(fill)};stroke:{_value(edge)}" stroke-width="{1.5 if dot.is_filled else 2.5}"'
     if not dot.is_diamond:
         place = f'cx="{_round(dot.x)}" cy="{_round(dot.y)}" r="{_round(dot.radius)}"'
         return _with_tip("circle", f"{place} {look}", dot.tip)
@@ -158,7 +157,11 @@ def _with_tip(tag: str, attributes: str, tip: str) -> str:
 
 
 def _paint(attribute: str, ink: str) -> str:
-    return f'{attribute}="{ink}"' if ink.startswith("#") else f'style="{attribute}:var(--{ink})"'
+    return f'{attribute}="{ink}"' if ink.startswith("#") else f'style="{attribute}:{_value(ink)}"'
+
+
+def _value(ink: str) -> str:
+    return ink if ink.startswith("#") else f"var(--{ink})"
 
 
 def _round(value: float) -> str:

@@ -10,6 +10,7 @@ from mlx_optiq_ext.types.axis import LogAxis, tick_text
 from mlx_optiq_ext.types.palette import bits_color, ink_on, ramp_color
 from mlx_optiq_ext.types.report import HeatCell, HeatMap
 from mlx_optiq_tui.ansi import Style, paint
+from mlx_optiq_tui.table import wrapped
 
 __all__ = ["draw_bits_map", "draw_sensitivity_map"]
 
@@ -17,7 +18,7 @@ _SHADES = "·░▒▓█"
 _MOST_LABEL = 24
 _MOST_CELL = 3
 _MOST_OUTSIDE = 8
-_RAMP_CELLS = 24
+_RAMP_CELLS = 20
 
 Drawn = Callable[[HeatCell, int], str]
 
@@ -65,13 +66,14 @@ def draw_sensitivity_map(heat: HeatMap, style: Style) -> str:
             return " " * width
         return _ramp(axis.fraction(cell.sensitivity), width, style)
 
-    lines = [paint(f"Sensitivity: KL with only this module at {heat.probe}, nats/token", style, bold=True)]
+    title = f"Sensitivity: KL with only this module at {heat.probe}, nats/token"
+    lines = [paint(line, style, bold=True) for line in wrapped(title, style.width)]
     lines += _grid(
         heat, style, draw, lambda cell: "" if cell.sensitivity is None else tick_text(cell.sensitivity)
     )
     bar = "".join(_ramp((i + 0.5) / _RAMP_CELLS, 1, style) for i in range(_RAMP_CELLS))
     middle = tick_text((axis.low * axis.high) ** 0.5)
-    lines.append(f"{tick_text(axis.low)} {bar} {tick_text(axis.high)}   middle {middle}, log scale")
+    lines.append(f"{tick_text(axis.low)} {bar} {tick_text(axis.high)} (log, middle {middle})")
     return "\n".join(lines)
 
 
