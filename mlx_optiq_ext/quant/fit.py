@@ -10,7 +10,7 @@ import mlx.core as mx
 import msgspec
 import numpy as np
 
-__all__ = ["Array", "Groups", "fit_groups", "nearest_codes", "round_stored", "weighted_square"]
+__all__ = ["Array", "Groups", "edge_groups", "fit_groups", "nearest_codes", "round_stored", "weighted_square"]
 
 Array: TypeAlias = Any
 """A float32 ``numpy.ndarray`` or ``mlx.core.array``: every function here takes either, never mixed."""
@@ -82,6 +82,27 @@ def fit_groups(
         if step < alternations:
             candidate = _refit(candidate, moments, total, dtype, xp)
     return best
+
+
+def edge_groups(weight: Array, *, bits: int, dtype: mx.Dtype, xp: Any) -> Groups:
+    """Parameters by the rule of ``mx.quantize``: one edge exact, zero on the grid, rounded to ``dtype``.
+
+    Args:
+        weight: (R, G, group_size) float32.
+    Source: MLX, affine ``quantize``: the scale is bent so that the edge of larger magnitude is a whole
+        number of steps from zero.
+    """
+    low, high = weight.min(-1), weight.max(-1)
+    low_is_edge = xp.abs(low) > xp.abs(high)
+    step = xp.maximum((high - low) / ((1 << bits) - 1), 1e-7)
+    step = xp.where(low_is_edge, step, -step)
+    edge = xp.where(low_is_edge, low, high)
+    count = xp.round(edge / step)
+    on_grid = count != 0
+    scale = xp.where(on_grid, edge / xp.where(on_grid, count, 1.0), step)
+    groups = Groups(scale=scale, bias=xp.where(on_grid, edge, 0.0))
+    fallback = Groups(scale=xp.ones_like(scale), bias=xp.zeros_like(scale))
+    return _round_groups(groups, fallback, dtype, xp)
 
 
 def nearest_codes(weight: Array, groups: Groups, last: int, xp: Any) -> Array:

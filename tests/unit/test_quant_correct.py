@@ -56,7 +56,7 @@ def test_experts_are_fitted_with_their_own_importance() -> None:
 def test_chunking_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     choice, weight, importance = Choice.parse("4g64"), random_weight(3, 40, 128), uneven_importance(128)
     whole = pack_fast(weight, choice, importance, float_dtype=mx.bfloat16)
-    monkeypatch.setattr("mlx_optiq_ext.quant.correct._CPU_CHUNK", 7 * 128)
+    monkeypatch.setattr("mlx_optiq_ext.quant.fast._CPU_CHUNK", 7 * 128)
     chunked = pack_fast(weight, choice, importance, float_dtype=mx.bfloat16)
     assert mx.array_equal(whole.weight, chunked.weight)
     assert mx.array_equal(whole.scales, chunked.scales)
