@@ -23,31 +23,34 @@ def intercepted(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
     ``Embedding.as_linear`` (the tied head) is routed as well. Undo restores the identical classes, also
     when the body raises.
     """
+    # A class is part of reference cycles and outlives the context: it must not hold the handler's arrays.
+    slot = [handler]
     subclasses: dict[type, type] = {}
     swapped: list[tuple[nn.Module, type]] = []
     try:
         for module in {id(m): m for m in modules}.values():
             original = type(module)
             if original not in subclasses:
-                subclasses[original] = _subclass(original, handler)
+                subclasses[original] = _subclass(original, slot)
             swapped.append((module, original))
             module.__class__ = subclasses[original]
         yield
     finally:
         for module, original in swapped:
             module.__class__ = original
+        slot.clear()
 
 
-def _subclass(original: type, handler: Handler) -> type:
+def _subclass(original: type, slot: list[Handler]) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return handler(self, original.__call__.__get__(self), args, kwargs)
+        return slot[0](self, original.__call__.__get__(self), args, kwargs)
 
     members: dict[str, Any] = {"__call__": call}
     as_linear = getattr(original, "as_linear", None)
     if as_linear is not None:
 
         def call_as_linear(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return handler(self, as_linear.__get__(self), args, {**kwargs, "_as_linear": True})
+            return slot[0](self, as_linear.__get__(self), args, {**kwargs, "_as_linear": True})
 
         members["as_linear"] = call_as_linear
     return type(original.__name__, (original,), members)
