@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from mlx_optiq_ext.measure.head import HeadStatistics
 from mlx_optiq_ext.measure.statistics import UnitStatistics
-from mlx_optiq_ext.quant.correct import Level, pack, unpack
+from mlx_optiq_ext.quant.correct import Level, gram_error, pack, unpack
 from mlx_optiq_ext.types.quant import Choice
 
 __all__ = ["choice_errors", "divergence_of_choices", "divergence_of_head_choices"]
 
 _CHUNK_WEIGHTS = 1 << 25
+_FULL_AND_FAST: tuple[Level, Level] = ("full", "fast")
 Floats = npt.NDArray[np.float64]
 
 
@@ -28,7 +29,6 @@ def choice_errors(
     level: Level,
     float_dtype: mx.Dtype,
     importance: mx.array | None,
-    gram: mx.array | None = None,
 ) -> Iterator[tuple[int, list[mx.array]]]:
     """Yield (first row, [error of each choice]) over chunks of rows; errors are float32, evaluated.
 
@@ -40,7 +40,6 @@ def choice_errors(
         level: Correction.
         float_dtype: Stored type of scales and biases; also what the weight is cast to first.
         importance: (I,) or (E, I).
-        gram: (I, I) or (E, I, I), for ``full``.
     """
     per_row = weight.size // weight.shape[0]
     step = max(1, _CHUNK_WEIGHTS // max(per_row, 1))
@@ -52,7 +51,6 @@ def choice_errors(
             if importance is not None and importance.ndim == 2
             else importance
         )
-        own_gram = gram[start : start + step] if gram is not None and gram.ndim == 3 else gram
         errors = []
         for choice in choices:
             packed = pack(rows, choice, level=level, float_dtype=float_dtype, importance=own)
@@ -86,9 +84,36 @@ def divergence_of_choices(
         )
     ]
     costs = np.sum(pieces, axis=0)
+    if level == "full":
+        costs = costs * _gain_of_full(weight, statistics, stored, float_dtype)
     result = np.zeros((len(choices), costs.shape[1]))
     result[[choices.index(c) for c in stored]] = costs
     return result
+
+
+def _gain_of_full(
+    weight: mx.array, statistics: UnitStatistics, choices: Sequence[Choice], float_dtype: mx.Dtype
+) -> float:
+    """Output error of the full correction over that of the fast one, at the affine choice nearest 4 bits.
+
+    The diagonal Fisher cannot see what error feedback gains (it trades error between columns), so the
+    estimate of the fast rounding is scaled by the ratio of Tr(E G Eᵀ), which can.
+    """
+    affine = [c for c in choices if c.mode == "affine"]
+    if not affine:
+        return 1.0
+    choice = min(affine, key=lambda c: (abs(c.bits - 4), c))
+    per_row = weight.size // weight.shape[0]
+    rows = weight[: max(1, _CHUNK_WEIGHTS // max(per_row, 1))]
+    gram = statistics.gram()
+    own = gram[: rows.shape[0]] if gram.ndim == 3 else gram
+    errors = [
+        float(
+            gram_error(rows, pack(rows, choice, level=level, float_dtype=float_dtype, gram=own), choice, own)
+        )
+        for level in _FULL_AND_FAST
+    ]
+    return errors[0] / errors[1] if errors[1] > 0 else 1.0
 
 
 def divergence_of_head_choices(
@@ -100,7 +125,7 @@ def divergence_of_head_choices(
     level: Level,
     float_dtype: mx.Dtype,
 ) -> Floats:
-    """Divergence (C, W) of the head at every choice: exact on the logits, plus the lookups of a tied table."""
+    """Divergence (C, W) of the head at every choice: exact on the logits, plus lookups of a tied table."""
     stored = [c for c in choices if c.mode != "keep"]
     importance = head.importance() if level != "none" else None
     changes: list[list[list[mx.array]]] = [[] for _ in stored]
