@@ -4,9 +4,7 @@ Decides how a tensor is cut into chunks of rows and where they are worked: NumPy
 is the CPU, MLX elsewhere. The numerics are in ``fit``, the layout in ``pack``. Knows nothing of models.
 """
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +14,12 @@ import numpy as np
 from mlx_optiq_ext.errors import MeasurementError
 from mlx_optiq_ext.quant.fit import Groups, fit_groups, nearest_codes
 from mlx_optiq_ext.quant.pack import Packed, join_codes, pack_plain, require_finite, require_fit
+from mlx_optiq_ext.quant.threads import in_threads
 from mlx_optiq_ext.types.quant import Choice
 
 __all__ = [
     "Coded",
     "fit_tensor",
-    "in_threads",
     "join_coded",
     "on_cpu",
     "pack_coded",
@@ -119,12 +117,6 @@ def fit_tensor(
 
     spans = _row_spans(values.shape[0], rows_per_importance, chunk)
     return join_coded(in_threads(fit_rows, spans) if in_numpy else [fit_rows(span) for span in spans], xp)
-
-
-def in_threads(work: Callable[[tuple[int, int]], Coded], spans: Sequence[tuple[int, int]]) -> list[Coded]:
-    """Do ``work`` on every range of rows, one thread per core; NumPy lets them run at once."""
-    with ThreadPoolExecutor(min(len(spans), os.cpu_count() or 1)) as pool:
-        return list(pool.map(work, spans))
 
 
 def join_coded(pieces: Sequence[Coded], xp: Any) -> Coded:

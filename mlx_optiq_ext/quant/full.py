@@ -13,7 +13,6 @@ from mlx_optiq_ext.errors import MeasurementError
 from mlx_optiq_ext.quant.fast import (
     Coded,
     fit_tensor,
-    in_threads,
     join_coded,
     on_cpu,
     pack_coded,
@@ -23,6 +22,7 @@ from mlx_optiq_ext.quant.fast import (
 from mlx_optiq_ext.quant.fit import Array, Groups
 from mlx_optiq_ext.quant.gptq import Codes, Feedback, feedback_rows, prepare_feedback, refine_rows, row_losses
 from mlx_optiq_ext.quant.pack import Packed, pack_plain, require_fit
+from mlx_optiq_ext.quant.threads import in_threads
 from mlx_optiq_ext.types.quant import Choice
 
 __all__ = ["pack_full"]

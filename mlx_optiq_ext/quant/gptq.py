@@ -102,26 +102,23 @@ def feedback_rows(
     codes, scales, biases = [], [], []
     for start in range(0, weight.shape[0], group_size):
         columns = slice(start, start + group_size)
-        exact, rest = weight[columns], shift[columns]
-        groups = _fit_columns(exact - rest, feedback.pivots[columns], bits, dtype, xp)
+        target = weight[columns] - shift[columns]
+        groups = _fit_columns(target, feedback.pivots[columns], bits, dtype, xp)
         scale, bias = groups.scale[:, 0], groups.bias[:, 0]
-        inverse = 1.0 / scale
-        within = feedback.spread[columns, columns]
-        errors = []
-        for j in range(group_size):
-            target = exact[j] - rest[0]
-            code = xp.clip(xp.round((target - bias) * inverse), 0, last)
-            error = code * scale + bias - exact[j]
-            codes.append(code)
-            errors.append(error)
-            rest = rest[1:]
-            if j + 1 < group_size:
-                rest = rest + within[j, j + 1 :, None] * error
+        group_codes = _round_columns(
+            (target - bias) / scale,
+            (weight[columns] - bias) / scale,
+            feedback.spread[columns, columns].T,
+            last,
+            xp,
+        )
+        codes.append(group_codes)
         scales.append(scale)
         biases.append(bias)
-        if start + group_size < weight.shape[0]:
-            shift = _add_later(shift, feedback.spread, columns, xp.stack(errors), xp)
-    return Codes(codes=xp.stack(codes), scale=xp.stack(scales), bias=xp.stack(biases))
+        if columns.stop < weight.shape[0]:
+            error = group_codes * scale + bias - weight[columns]
+            shift = _add_later(shift, feedback.spread, columns, error, xp)
+    return Codes(codes=xp.concatenate(codes), scale=xp.stack(scales), bias=xp.stack(biases))
 
 
 def refine_rows(
@@ -149,10 +146,14 @@ def refine_rows(
             columns = slice(g * group_size, (g + 1) * group_size)
             gram = feedback.gram[columns, columns]
             before = codes[g] * scales[g] + biases[g]
-            codes[g], local = _reround(codes[g], scales[g], slope[columns], gram, last, xp)
+            pull = slope[columns] / (xp.diagonal(gram)[:, None] * scales[g])
+            spread = gram / xp.diagonal(gram)[:, None]
+            rounded = _round_columns(codes[g] - pull, codes[g], spread, last, xp)
+            local = slope[columns] + gram @ ((rounded - codes[g]) * scales[g])
+            codes[g] = rounded
             scales[g], biases[g] = _refit(codes[g], scales[g], biases[g], local, gram, dtype, xp)
             change = codes[g] * scales[g] + biases[g] - before
-            slope = slope + feedback.gram[:, columns] @ change
+            slope += feedback.gram[:, columns] @ change
             if xp is mx:
                 mx.eval(slope, codes[g], scales[g], biases[g])
     return Codes(codes=xp.concatenate(codes), scale=xp.stack(scales), bias=xp.stack(biases))
@@ -172,6 +173,26 @@ def _fit_columns(target: Array, pivots: Array, bits: int, dtype: mx.Dtype, xp: A
     return fit_groups(rows, (pivots / pivots.mean())[None, None], start, bits=bits, dtype=dtype, xp=xp)
 
 
+def _round_columns(position: Array, origin: Array, spread: Array, last: int, xp: Any) -> Array:
+    """Round one group's columns in turn, each moved by what the ones before it were rounded away.
+
+    Args:
+        position: (g, R) where each weight would like to be, in code units.
+        origin: (g, R) what a code's error is measured from, in code units.
+        spread: (g, g) row j holds how far the errors of columns i < j move column j.
+    Returns:
+        Codes (g, R).
+    """
+    errors = xp.zeros_like(position)
+    codes = []
+    for j in range(position.shape[0]):
+        wanted = position[j] - spread[j, :j] @ errors[:j] if j else position[0]
+        code = xp.clip(xp.round(wanted), 0, last)
+        codes.append(code)
+        errors[j] = code - origin[j]
+    return xp.stack(codes)
+
+
 def _add_later(shift: Array, spread: Array, columns: slice, errors: Array, xp: Any) -> Array:
     """Carry a group's errors to all columns after it."""
     later = spread[columns, columns.stop :].T @ errors
@@ -182,19 +203,6 @@ def _add_later(shift: Array, spread: Array, columns: slice, errors: Array, xp: A
     else:
         shift[columns.stop :] += later
     return shift
-
-
-def _reround(
-    codes: Array, scale: Array, slope: Array, gram: Array, last: int, xp: Any
-) -> tuple[Array, Array]:
-    """Cyclic coordinate descent over one group's codes; returns the codes and the slope G·e they leave."""
-    rounded = []
-    for j in range(codes.shape[0]):
-        moved = codes[j] - slope[j] / (gram[j, j] * scale)
-        code = xp.clip(xp.round(moved), 0, last)
-        rounded.append(code)
-        slope = slope + gram[j, :, None] * ((code - codes[j]) * scale)
-    return xp.stack(rounded), slope
 
 
 def _refit(

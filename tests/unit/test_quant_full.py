@@ -160,3 +160,22 @@ def test_refinement_never_raises_a_row_and_agrees_on_both_array_kinds(bits: int)
         losses[xp.__name__] = after.sum()
     first, second = losses.values()
     assert abs(first - second) < 0.05 * first
+
+
+@pytest.mark.parametrize("shape", [(12, 128), (3, 8, 128)])
+@pytest.mark.parametrize("level", ["fast", "full"])
+def test_mlx_arrays_give_what_numpy_gives(
+    shape: tuple[int, ...], level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, weight, gram = Choice.parse("4g64"), random_weight(*shape), gram_of(128)
+    if len(shape) == 3:
+        gram = mx.stack([gram, 2 * gram, gram_of(128, seed=9)])
+    settings = {"level": level, "float_dtype": mx.bfloat16, "gram": gram}
+    in_numpy = pack(weight, choice, **settings)
+    for module in ("fast", "full"):
+        monkeypatch.setattr(f"mlx_optiq_ext.quant.{module}.on_cpu", lambda: False)
+    in_mlx = pack(weight, choice, **settings)
+    first, second = (float(gram_error(weight, packed, choice, gram)) for packed in (in_numpy, in_mlx))
+    # Sums in another order may tip single roundings and with them what follows.
+    assert abs(first - second) < 0.03 * first
+    assert in_numpy.weight.shape == in_mlx.weight.shape
