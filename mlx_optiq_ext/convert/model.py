@@ -44,7 +44,7 @@ __all__ = ["ConversionResult", "convert_model", "expand_bit_map", "work_folder"]
 
 _NO_CALIBRATION = CalibrationInfo(source="none", sha256="", num_tokens=0, num_windows=0, domains=())
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-_REWRITE_TOKENS = 4096
+_REWRITE_TOKENS = 8192
 """Tokens whose inputs weigh the rounding error: more than are needed to rank tensors."""
 
 

@@ -18,6 +18,7 @@ from mlx_optiq_ext.types.quant import Choice
 __all__ = ["choice_errors", "divergence_of_choices", "divergence_of_head_choices"]
 
 _CHUNK_WEIGHTS = 1 << 25
+_SAMPLED_ROWS = 128
 _FULL_AND_FAST: tuple[Level, Level] = ("full", "fast")
 Floats = npt.NDArray[np.float64]
 
@@ -92,21 +93,25 @@ def divergence_of_choices(
 
 
 def _gain_of_full(
-    weight: mx.array, statistics: UnitStatistics, choices: Sequence[Choice], float_dtype: mx.Dtype
+    weight: mx.array,
+    statistics: UnitStatistics | HeadStatistics,
+    choices: Sequence[Choice],
+    float_dtype: mx.Dtype,
 ) -> float:
     """Output error of the full correction over that of the fast one, at the affine choice nearest 4 bits.
 
     The diagonal Fisher cannot see what error feedback gains (it trades error between columns), so the
-    estimate of the fast rounding is scaled by the ratio of Tr(E G Eᵀ), which can.
+    estimate of the fast rounding is scaled by the ratio of Tr(E G Eᵀ) on a sample of rows, which can.
     """
     affine = [c for c in choices if c.mode == "affine"]
     if not affine:
         return 1.0
     choice = min(affine, key=lambda c: (abs(c.bits - 4), c))
-    per_row = weight.size // weight.shape[0]
-    rows = weight[: max(1, _CHUNK_WEIGHTS // max(per_row, 1))]
+    wanted = _SAMPLED_ROWS if weight.ndim == 2 else max(1, _SAMPLED_ROWS // weight.shape[1])
+    step = max(1, weight.shape[0] // wanted)
+    rows = weight[::step]
     gram = statistics.gram()
-    own = gram[: rows.shape[0]] if gram.ndim == 3 else gram
+    own = gram[::step] if gram.ndim == 3 else gram
     errors = [
         float(
             gram_error(rows, pack(rows, choice, level=level, float_dtype=float_dtype, gram=own), choice, own)
@@ -144,7 +149,8 @@ def divergence_of_head_choices(
     joined = [
         [mx.concatenate(list(parts), axis=-1) for parts in zip(*chunks, strict=True)] for chunks in changes
     ]
-    costs = costs + head.divergence(joined)
+    gain = _gain_of_full(weight, head, stored, float_dtype) if level == "full" else 1.0
+    costs = costs + gain * head.divergence(joined)
     result = np.zeros((len(choices), costs.shape[1]))
     result[[choices.index(c) for c in stored]] = costs
     return result

@@ -43,7 +43,7 @@ class MeasureOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     correction: Annotated[
         Literal["none", "fast", "full"],
         _d("Rounding: none (mx.quantize), fast (importance-weighted fit), full (GPTQ with that fit)."),
-    ] = "fast"
+    ] = "full"
     calibration: Annotated[
         str | None, _d("JSONL of {domain,text} or {domain,messages[,tools]} in place of the built-in text.")
     ] = None
