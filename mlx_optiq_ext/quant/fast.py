@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_optiq_ext.errors import MeasurementError
 from mlx_optiq_ext.quant.fit import Groups, fit_groups, nearest_codes
+from mlx_optiq_ext.quant.float_fit import fit_float_groups
 from mlx_optiq_ext.quant.pack import Packed, join_codes, pack_plain, require_finite, require_fit
 from mlx_optiq_ext.quant.threads import in_threads
 from mlx_optiq_ext.types.quant import Choice
@@ -38,7 +39,8 @@ class Coded(msgspec.Struct, frozen=True, kw_only=True):
     codes: Any
     """(R, I) uint8, experts' rows one after the other."""
     groups: Groups
-    """Parameters of shape (R, I/group_size), float32 holding values of the stored dtype."""
+    """Parameters of shape (R, I/group_size), float32 holding values of the stored dtype; for the float modes
+    the scale's bytes and a bias of zero."""
 
 
 def pack_fast(weight: mx.array, choice: Choice, importance: mx.array, *, float_dtype: mx.Dtype) -> Packed:
@@ -48,7 +50,7 @@ def pack_fast(weight: mx.array, choice: Choice, importance: mx.array, *, float_d
 
     Args:
         weight: (O, I) or (E, O, I), finite.
-        choice: Affine choices are fitted; the float modes are stored as :func:`pack_plain` does.
+        choice: Affine choices get scales and biases fitted, the float modes the best of neighbouring scales.
         importance: a_j = E[x_j²] ≥ 0, shape (I,) or (E, I).
         float_dtype: Stored type of scales and biases.
     Returns:
@@ -60,9 +62,6 @@ def pack_fast(weight: mx.array, choice: Choice, importance: mx.array, *, float_d
     """
     require_fit(weight, choice)
     plain = pack_plain(weight, choice, float_dtype=float_dtype)
-    if plain.biases is None:
-        require_finite(weight)
-        return plain
     columns = usable_importance(importance, weight)
     return pack_coded(fit_tensor(weight, columns, plain, choice, float_dtype), plain, choice)
 
@@ -89,12 +88,11 @@ def fit_tensor(
     weight: mx.array, importance: mx.array, plain: Packed, choice: Choice, dtype: mx.Dtype
 ) -> Coded:
     """Fit every group of a tensor, chunk by chunk of rows; experts become rows with their own importance."""
-    assert plain.biases is not None
     in_numpy = on_cpu()
     xp: Any = np if in_numpy else mx
     width, group = weight.shape[-1], choice.group_size
-    parts: list[Any] = [weight, plain.scales, plain.biases, importance]
-    parts = [part.astype(mx.float32) for part in parts]
+    biases = mx.zeros_like(plain.scales) if plain.biases is None else plain.biases
+    parts: list[Any] = [part.astype(mx.float32) for part in (weight, plain.scales, biases, importance)]
     require_finite(parts[0])
     if in_numpy:
         parts = [np.array(part) for part in parts]
@@ -109,11 +107,16 @@ def fit_tensor(
         own = columns[span[0] // rows_per_importance][None]
         start = Groups(scale=scale[rows], bias=bias[rows])
         with np.errstate(over="ignore", invalid="ignore"):  # an infinite error is never preferred
-            groups = fit_groups(values[rows], own, start, bits=choice.bits, dtype=dtype, xp=xp)
-        codes = nearest_codes(values[rows], groups, (1 << choice.bits) - 1, xp).astype(xp.uint8)
+            if choice.mode == "affine":
+                groups = fit_groups(values[rows], own, start, bits=choice.bits, dtype=dtype, xp=xp)
+                codes = nearest_codes(values[rows], groups, (1 << choice.bits) - 1, xp)
+            else:
+                fitted = fit_float_groups(values[rows], own, start.scale, choice.mode, xp)
+                groups, codes = Groups(scale=fitted.scale, bias=start.bias), fitted.codes
+        codes = codes.astype(xp.uint8).reshape(-1, width)
         if not in_numpy:
             mx.eval(codes, groups.scale, groups.bias)
-        return Coded(codes=codes.reshape(-1, width), groups=groups)
+        return Coded(codes=codes, groups=groups)
 
     spans = _row_spans(values.shape[0], rows_per_importance, chunk)
     return join_coded(in_threads(fit_rows, spans) if in_numpy else [fit_rows(span) for span in spans], xp)
@@ -133,10 +136,11 @@ def join_coded(pieces: Sequence[Coded], xp: Any) -> Coded:
 def pack_coded(coded: Coded, like: Packed, choice: Choice) -> Packed:
     """Pack codes into the shapes and dtypes of ``like``; evaluates."""
     weight = join_codes(coded.codes, choice.bits).reshape(like.weight.shape)
-    scales, biases = (
-        mx.array(part).astype(like.scales.dtype).reshape(like.scales.shape)
-        for part in (coded.groups.scale, coded.groups.bias)
-    )
+    scales = mx.array(coded.groups.scale).astype(like.scales.dtype).reshape(like.scales.shape)
+    if like.biases is None:
+        mx.eval(weight, scales)
+        return Packed(weight=weight, scales=scales)
+    biases = mx.array(coded.groups.bias).astype(like.biases.dtype).reshape(like.biases.shape)
     mx.eval(weight, scales, biases)
     return Packed(weight=weight, scales=scales, biases=biases)
 
