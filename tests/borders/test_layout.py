@@ -19,7 +19,6 @@ TOP_LEVEL = {
     "Makefile",
     "README.md",
     "benchmarks",
-    "boot",
     "docs",
     "integrations",
     "llms.txt",
