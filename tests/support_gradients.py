@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_optiq_ext.models.intercept import constant_indices
 from mlx_optiq_ext.models.reverse import Reverse
 from mlx_optiq_ext.models.tape import Tape, logits_of
 from mlx_optiq_ext.models.taps import Capture
@@ -29,9 +30,10 @@ def gradients_of_whole_model(model: nn.Module, tokens: mx.array, cotangent: mx.a
         return mx.sum(logits_of(model(tokens)).astype(mx.float32) * cotangent)
 
     try:
-        with unittest.mock.patch.object(
+        tied = unittest.mock.patch.object(
             nn.Embedding, "as_linear", lambda e, x: x @ mx.stop_gradient(e.weight).T
-        ):
+        )
+        with tied, constant_indices():
             gradients = mx.grad(total)(weights)
     finally:
         for path, module in modules.items():

@@ -170,7 +170,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "ffn_dim_divisor": 32,
     },
     "phi": {},
-    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "hidden_size": 128},
+    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "hidden_size": 128, "vocab_size": 100352},
     "phimoe": {"rope_scaling": LONG_ROPE},
     "phixtral": {},
     "pixtral": {"text_config": {"module": "llama"}},

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import mlx.core as mx
 import mlx.nn as nn
 
-__all__ = ["Handler", "intercepted"]
+__all__ = ["Handler", "constant_indices", "intercepted"]
+
+_CHOOSING = ("argmax", "argmin", "argpartition", "argsort")
 
 Handler: TypeAlias = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """``handler(module, original, args, kwargs)``: whatever it returns is the module's output."""
@@ -39,6 +42,27 @@ def intercepted(modules: Iterable[nn.Module], handler: Handler) -> Iterator[None
         for module, original in swapped:
             module.__class__ = original
         slot.clear()
+
+
+@contextmanager
+def constant_indices() -> Iterator[None]:
+    """Let functions of ``mlx.core`` that return indices return constants while the body runs.
+
+    Families that gather by indices computed from activations cannot be differentiated otherwise: mlx
+    refuses a gradient for indices in place of taking it as zero. Undo restores the identical functions.
+    """
+    originals = {name: getattr(mx, name) for name in _CHOOSING}
+
+    def constant(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        return lambda *args, **kwargs: mx.stop_gradient(original(*args, **kwargs))
+
+    try:
+        for name, original in originals.items():
+            setattr(mx, name, constant(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(mx, name, original)
 
 
 def _subclass(original: type, slot: list[Handler]) -> type:

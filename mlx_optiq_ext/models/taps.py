@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import copy
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -39,7 +40,7 @@ class UnitTap:
     """Handler for :func:`intercepted`: notes the inputs of quantizable modules and adds deltas to outputs.
 
     A delta of zeros changes nothing, but differentiating with respect to it gives the gradient of the
-    module's output.
+    module's output. A fused projection that returns several arrays has one output, their concatenation.
 
     Args:
         paths: Module path by ``id(module)``.
@@ -73,8 +74,14 @@ class UnitTap:
         second = args[1] if len(args) > 1 else kwargs.get("indices", kwargs.get("transpose"))
         experts = second if isinstance(second, mx.array) else None
         self.calls.append(Call(path, copy(args[0]), experts, second is False, False))
-        y = original(*args, **kwargs)
+        output = original(*args, **kwargs)
+        pieces = list(output) if isinstance(output, list | tuple) else [output]
+        y = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
         self.output_shapes.append((y.shape, y.dtype))
-        if self._deltas is not None:
-            y = y + self._deltas[len(self.calls) - 1]
-        return y
+        if self._deltas is None:
+            return output
+        y = y + self._deltas[len(self.calls) - 1]
+        if isinstance(output, mx.array):
+            return y
+        ends = list(accumulate(piece.shape[-1] for piece in pieces))
+        return mx.split(y, ends[:-1], axis=-1)

@@ -151,7 +151,9 @@ def _floor(
     if not rule:
         return KEEP
     if isinstance(rule, dict):
-        own = Choice(bits=rule["bits"], group_size=rule["group_size"], mode=rule.get("mode", "affine"))
+        own = Choice(
+            bits=rule["bits"], group_size=rule.get("group_size", 64), mode=rule.get("mode", "affine")
+        )
         floor = max((own, floor), key=lambda c: c.bits) if floor else own
     if floor is not None and not floor.fits(module.weight.shape[-1]):
         group = next(
