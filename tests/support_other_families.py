@@ -33,11 +33,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ernie4_5": {"tie_word_embeddings": True},
     "ernie4_5_moe": {"tie_word_embeddings": False, "moe_num_shared_experts": 1},
     "exaone": {"head_dim": 16},
-    "exaone4": {"tie_word_embeddings": False, "sliding_window_pattern": "LLG"},
+    "exaone4": {
+        "tie_word_embeddings": False, "sliding_window_pattern": "LLG",
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "exaone_moe": {"layer_types": SLIDING, "is_moe_layer": [False, True, True]},
     "gear": {"layer_types": SLIDING},
     "gemma": {},
-    "gemma2": {"query_pre_attn_scalar": 32.0},
+    "gemma2": {"query_pre_attn_scalar": 32},
     "glm": {},
     "glm4": {},
     "glm4_moe": {"tie_word_embeddings": False},
@@ -124,7 +127,12 @@ OTHERS: dict[str, dict[str, Any]] = {
         "swa_head_dim": 32, "swa_v_head_dim": 32,
     },
     "minimax": {},
-    "minimax_m3_vl": {"text_config": {}},
+    "minimax_m3_vl": {
+        "text_config": {
+            "index_n_heads": 2, "index_head_dim": 32, "index_block_size": 4, "index_topk_blocks": 2,
+            "sparse_attention_freq": [0, 1, 1],
+        }
+    },
     "ministral3": {
         "rope_parameters": {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 64}},
     "mistral3": {"text_config": {"module": "llama"}},
@@ -170,7 +178,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         "ffn_dim_divisor": 32,
     },
     "phi": {},
-    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "hidden_size": 128, "vocab_size": 100352},
+    "phi3small": {
+        "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "hidden_size": 128,
+        "vocab_size": 100352,  # the model file writes to ids of that vocabulary
+    },
     "phimoe": {"rope_scaling": LONG_ROPE},
     "phixtral": {},
     "pixtral": {"text_config": {"module": "llama"}},

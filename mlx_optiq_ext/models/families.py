@@ -11,9 +11,10 @@ import mlx.nn as nn
 
 from mlx_optiq_ext.errors import UnsupportedModel
 
-__all__ = ["Blocks", "experts_per_token", "find_blocks", "is_router", "is_state_projection"]
+__all__ = ["Blocks", "experts_per_token", "find_blocks", "is_router", "is_selector", "is_state_projection"]
 
 _ROUTER = re.compile(r"(^|\.)(gate|router|router\.(layer|proj|gate|classifier|weight)|gate\.wg|wg)$")
+_SELECTOR = re.compile(r"\.(indexer\.|index_[a-z]+_proj$)")
 _STATE_PROJECTION = re.compile(r"\.(dt_proj|in_proj_ba|in_proj_a|in_proj_b)$")
 _EXPERT_KEYS = (
     "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk", "top_k",
@@ -71,6 +72,11 @@ def find_blocks(model: nn.Module) -> Blocks:
 def is_router(path: str) -> bool:
     """Whether a linear at this path chooses experts."""
     return bool(_ROUTER.search(path))
+
+
+def is_selector(path: str) -> bool:
+    """Whether a linear at this path only chooses which positions attention looks at."""
+    return bool(_SELECTOR.search(path))
 
 
 def is_state_projection(path: str) -> bool:

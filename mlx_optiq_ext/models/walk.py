@@ -3,7 +3,7 @@
 Knows mlx-lm's module kinds, not its model files; reads family facts from ``families``.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -14,7 +14,13 @@ from msgspec.structs import replace
 
 from mlx_optiq_ext.errors import UnsupportedModel
 from mlx_optiq_ext.models.arrays import named_arrays
-from mlx_optiq_ext.models.families import experts_per_token, find_blocks, is_router, is_state_projection
+from mlx_optiq_ext.models.families import (
+    experts_per_token,
+    find_blocks,
+    is_router,
+    is_selector,
+    is_state_projection,
+)
 from mlx_optiq_ext.types.quant import AFFINE_GROUPS, KEEP, Choice, Unit, UnitKind
 
 __all__ = ["Quantizable", "fixed_bits", "get_module", "list_units", "quantizable_modules", "total_numel"]
@@ -57,7 +63,13 @@ def quantizable_modules(model: nn.Module) -> dict[str, Quantizable]:
     return found
 
 
-def list_units(model: nn.Module, config: dict[str, Any], candidates: Sequence[Choice]) -> tuple[Unit, ...]:
+def list_units(
+    model: nn.Module,
+    config: dict[str, Any],
+    candidates: Sequence[Choice],
+    *,
+    unpackable: Collection[str] = (),
+) -> tuple[Unit, ...]:
     """All units of a model with the choices their shapes and the family's own predicate allow.
 
     Modules that appear under several paths (shared weights) form one unit. mlx-lm fuses projections when
@@ -68,6 +80,7 @@ def list_units(model: nn.Module, config: dict[str, Any], candidates: Sequence[Ch
         config: Its config.json.
         candidates: Wanted choices; where a group does not divide a tensor's last axis, the next smaller
             group that does takes its place.
+        unpackable: Paths that must be kept as they are (``check.unpackable_paths``).
     """
     modules = quantizable_modules(model)
     blocks = find_blocks(model)
@@ -83,7 +96,7 @@ def list_units(model: nn.Module, config: dict[str, Any], candidates: Sequence[Ch
         block = blocks.index_of(path)
         kind = _kind(path, module, block, vocab)
         shape = tuple(int(n) for n in module.weight.shape)
-        floor = _floor(path, module, kind, own_predicate)
+        floor = KEEP if path in unpackable else _floor(path, module, kind, own_predicate)
         units.append(
             Unit(
                 paths=tuple(paths),
@@ -143,9 +156,9 @@ def _kind(path: str, module: Quantizable, block: int | None, vocab: int) -> Unit
 def _floor(
     path: str, module: Quantizable, kind: UnitKind, own_predicate: Callable[[str, Any], Any] | None
 ) -> Choice | None:
-    """The least this unit may be stored as: the family's own rule, routers and state projections."""
+    """The least this unit may be stored as: the family's own rule, routers, selectors, state projections."""
     floor: Choice | None = None
-    if kind == "router" or is_state_projection(path):
+    if kind == "router" or is_selector(path) or is_state_projection(path):
         floor = _EIGHT_BITS
     rule = own_predicate(path, module) if own_predicate is not None else True
     if not rule:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_optiq_ext.errors import ResourceError
+from mlx_optiq_ext.models.check import unpackable_paths
 from mlx_optiq_ext.models.load import (
     cast_floats,
     compute_dtype,
@@ -68,11 +69,14 @@ class Reference:
         self._source_dtypes = {name: array.dtype for name, array in tree_flatten(self.model.parameters())}
         self._may_cast = getattr(self.model, "cast_predicate", lambda _: True)
         cast_floats(self.model, self.dtype)
+        self._unpackable: set[str] | None = None
         self.model.train()  # gives the differentiable form of kernels that have no gradient
 
     def units(self, candidates: tuple[Choice, ...]) -> tuple[Unit, ...]:
         """Units with the choices that fit them."""
-        return list_units(self.model, self.config, candidates)
+        if self._unpackable is None:
+            self._unpackable = unpackable_paths(self.model)
+        return list_units(self.model, self.config, candidates, unpackable=self._unpackable)
 
     def memory(self) -> BlockMemory:
         """What makes a block's weights present for a pass."""

@@ -19,6 +19,7 @@ from mlx_optiq_ext.measure.calibration import Windows, load_windows
 from mlx_optiq_ext.measure.fisher import fisher_pass
 from mlx_optiq_ext.measure.head import HeadStatistics
 from mlx_optiq_ext.measure.statistics import ExpertStatistics, UnitStatistics
+from mlx_optiq_ext.models.check import require_runnable
 from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
@@ -29,7 +30,7 @@ from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
-from mlx_optiq_ext.types.quant import CalibrationInfo, Probe, SensitivityTable, Unit
+from mlx_optiq_ext.types.quant import KEEP, CalibrationInfo, Probe, SensitivityTable, Unit
 
 __all__ = ["measure_sensitivity"]
 
@@ -77,6 +78,9 @@ def measure_sensitivity(
     units = reference.units(parse_candidates(options))
     if options.method == "static":
         return _table(reference, options, units, static_probes(units), _NO_CALIBRATION, how="none")
+    if options.method == "kl" and reference.how == "stream":
+        raise UsageError("--method kl needs the model resident; use --method fisher, which streams")
+    require_runnable(reference.model, gradients=options.method == "fisher")
     windows = load_windows(
         reference.tokenizer(),
         source=options.calibration,
@@ -91,8 +95,6 @@ def measure_sensitivity(
     journal = Journal.open(journal_file, key, resume=options.resume)
     run = _Run(reference, options, units, windows, tape, journal, progress)
     if options.method == "kl":
-        if reference.how == "stream":
-            raise UsageError("--method kl needs the model resident; use --method fisher, which streams")
         plain = Rounding(units, "none", reference.stored_dtype, {})
         probes, cost = probe_every_choice(tape, plain, windows, journal, progress)
         return _table(reference, options, units, probes, windows.info, cost=cost)
@@ -153,10 +155,10 @@ def _estimate(run: _Run) -> _Estimate:
             report(path)
         mx.clear_cache()
     _outside(run, lookups, costs, report)
-    unseen = [path for path in by_path if path not in costs]
+    unseen = [path for path, unit in by_path.items() if path not in costs and unit.choices != (KEEP,)]
     notes = (
         *coverage,
-        *(f"{path}: not run by the calibration text, kept at its widest choice" for path in unseen),
+        *(f"{path}: not run by the calibration text, kept as it is" for path in unseen),
     )
     return _Estimate(_probes(run, costs), notes, columns, importance)
 
@@ -236,15 +238,11 @@ def _table(
     notes: tuple[str, ...] = (),
     columns: dict[str, tuple[float, ...]] | None = None,
 ) -> SensitivityTable:
-    """Assemble the table; a unit that nothing was measured of is kept at its widest choice."""
+    """Assemble the table; a unit that nothing was measured of is kept as it is."""
     measured = {probe.path for probe in probes}
-    kept = tuple(
-        unit if unit.path in measured else replace(unit, choices=unit.choices[-1:]) for unit in units
-    )
+    kept = tuple(unit if unit.path in measured else replace(unit, choices=(KEEP,)) for unit in units)
     unmeasured = tuple(
-        Probe(path=unit.path, choice=unit.choices[-1], divergence=0.0)
-        for unit in kept
-        if unit.path not in measured
+        Probe(path=unit.path, choice=KEEP, divergence=0.0) for unit in kept if unit.path not in measured
     )
     float_bits = reference.stored_dtype.size * 8
     return SensitivityTable(

@@ -4,23 +4,60 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support_families import FAMILIES, tiny_family
-from support_family_configs import COMMON
 from support_gradients import gradients_by_block, gradients_of_whole_model
-from support_other_families import NEEDS_METAL
+
+from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.models.check import require_runnable, unpackable_paths
+from mlx_optiq_ext.models.tape import logits_of
+from mlx_optiq_ext.models.walk import list_units
+from mlx_optiq_ext.types.quant import KEEP, Choice
+
+REFUSED = {
+    "bitnet": "does not run on this machine",
+    "muse_spark": "does not run on this machine",
+    "iquestloopcoder": "reaches into its blocks",
+    "deepseek_v41": "cannot be differentiated",
+}
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NEEDS_METAL])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 def test_gradients_by_block_are_those_of_the_whole_model(name: str) -> None:
     model, _ = tiny_family(name)
     model.set_dtype(mx.float32)
     model.train()
     tokens = mx.random.randint(0, 256, (2, 40), key=mx.random.key(1))
-    cotangent = mx.random.normal((2, 40, COMMON["vocab_size"]), key=mx.random.key(2))
+    cotangent = mx.random.normal(logits_of(model(tokens)).shape, key=mx.random.key(2))
     expected = gradients_of_whole_model(model, tokens, cotangent)
     found = gradients_by_block(model, tokens, cotangent)
-    heads = expected.keys() - found.keys()
+    kept = unpackable_paths(model)
+    heads = expected.keys() - found.keys() - kept
     assert len(heads) <= 1, heads
-    for path in found:
+    for path in found.keys() - kept:
         size = np.linalg.norm(expected[path])
         # float32 sums in another order; a wrong wiring is off by a tenth or more
         assert np.linalg.norm(found[path] - expected[path]) <= 1e-4 * size, path
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="Metal runs more of them")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_measured_is_refused_before_any_work(name: str) -> None:
+    model, _ = tiny_family(name)
+    with pytest.raises(UnsupportedModel, match=REFUSED[name]):
+        require_runnable(model.train(), gradients=True)
+
+
+def test_a_table_that_the_model_reads_directly_is_kept() -> None:
+    model, config = tiny_family("seed_oss")
+    kept = unpackable_paths(model)
+    assert kept == {"model.embed_tokens"}
+    units = list_units(model, config, [Choice(bits=4, group_size=64)], unpackable=kept)
+    assert [unit.path for unit in units if unit.choices == (KEEP,)] == ["model.embed_tokens"]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl"])
+def test_projections_that_only_choose_positions_keep_eight_bits(name: str) -> None:
+    model, config = tiny_family(name)
+    units = list_units(model, config, [Choice(bits=4, group_size=32)])
+    choosing = [unit for unit in units if "index" in unit.path]
+    assert choosing
+    assert all(choice.bits >= 8 for unit in choosing for choice in unit.choices)
