@@ -25,6 +25,9 @@ class BlockMemory:
         """Hold one block's weights while the body runs."""
         yield
 
+    def release_outside(self) -> None:
+        """Let go of what is not in a block (embedding, head): it will not be needed for some time."""
+
 
 class StreamedMemory(BlockMemory):
     """One block resident: weights are read when a block runs and dropped after.
@@ -54,11 +57,20 @@ class StreamedMemory(BlockMemory):
             if self._depth == 0:
                 self._refresh(block)
 
+    def release_outside(self) -> None:
+        """Give everything outside of blocks fresh lazy weights."""
+        inside = tuple(f"{self._blocks.prefix}.{block}." for block in range(len(self._blocks)))
+        self._renew(self._model, "", lambda name: not name.startswith(inside))
+
     def _refresh(self, block: int) -> None:
         prefix = f"{self._blocks.prefix}.{block}."
-        if not any(name.startswith(prefix) for name in self._pool):
+        self._renew(self._blocks.modules[block], prefix, lambda name: name.startswith(prefix))
+
+    def _renew(self, module: nn.Module, prefix: str, is_own: Callable[[str], bool]) -> None:
+        """Replace a module's evaluated parameters by lazy ones, each of which serves once."""
+        if not any(is_own(name) for name in self._pool):
             self._pool = dict(named_arrays(self._fresh().parameters()))
-        own = [name for name in self._pool if name.startswith(prefix)]
+        own = [name for name in self._pool if is_own(name)]
         lazy = [(name[len(prefix) :], self._pool.pop(name)) for name in own]
-        self._blocks.modules[block].update(tree_unflatten(lazy))
+        module.update(tree_unflatten(lazy))
         mx.clear_cache()

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_optiq_ext.models.arrays import split_arrays
-from mlx_optiq_ext.models.intercept import intercepted
+from mlx_optiq_ext.models.effects import Effects
+from mlx_optiq_ext.models.intercept import constant_indices, intercepted
 from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.taps import Capture, UnitTap
 
@@ -54,6 +54,7 @@ class Reverse:
         A block is in memory while its captures are handled by the caller.
         """
         d_logits = [self._tail(item) for item in range(len(self._windows))]
+        self._tape.memory.release_outside()
         for n in reversed(range(len(self._tape.nodes))):
             block = self._tape.nodes[n].block
             with self._tape.memory.present(block):
@@ -88,8 +89,9 @@ class Reverse:
             for k, leaf in zip(free, free_inputs, strict=True):
                 full[k] = leaf
             args, kwargs = node.rebuild_inputs(full)
+            effects = Effects((args, kwargs))
             with intercepted(members, tap):
-                return split_arrays(block(*args, **kwargs))[0]
+                return effects.after(block(*args, **kwargs))[0]
 
         shapes = UnitTap(self._tape.paths)
         run(shapes, [inputs[k] for k in free])
@@ -102,7 +104,7 @@ class Reverse:
 
         deltas = [mx.zeros(shape, dtype) for shape, dtype in shapes.output_shapes]
         primals = [*(inputs[k] for k in free), *deltas]
-        _, grads = mx.vjp(differentiable, primals, [g for g in out_grads if g is not None])
+        grads = _gradients(differentiable, primals, [g for g in out_grads if g is not None])
         captures = _captures(taps[-1], grads[len(free) :])
         mx.eval(grads, [[c.call.x, c.call.experts] for c in captures])
         for k, gradient in zip(free, grads[: len(free)], strict=True):
@@ -144,7 +146,7 @@ class Reverse:
                 full[m][k] = leaf
             return [pick(*self._tape.outer(window, full))]
 
-        _, grads = mx.vjp(outer, [outputs[m][k] for m, k in where], [gradient])
+        grads = _gradients(outer, [outputs[m][k] for m, k in where], [gradient])
         mx.eval(grads)
         return [(m, k, g) for (m, k), g in zip(where, grads, strict=True)]
 
@@ -165,7 +167,7 @@ class Reverse:
         zeros = [mx.zeros(shape, dtype) for shape, dtype in shapes.output_shapes]
         if not zeros:
             return []
-        _, grads = mx.vjp(outer, zeros, [d_logits, *(g for _, _, g in cotangents)])
+        grads = _gradients(outer, zeros, [d_logits, *(g for _, _, g in cotangents)])
         captures = _captures(taps[-1], grads)
         mx.eval(grads, [[c.call.x, c.call.experts] for c in captures])
         return captures
@@ -173,6 +175,23 @@ class Reverse:
     def _add(self, m: int, k: int, item: int, gradient: mx.array) -> None:
         held = self._grads[m][item][k]
         self._grads[m][item][k] = gradient if held is None else held + gradient
+
+
+def _gradients(
+    function: Callable[..., list[mx.array]], primals: list[mx.array], cotangents: list[mx.array]
+) -> list[mx.array]:
+    """Gradients of Σ output · cotangent; lazy.
+
+    Not ``mx.vjp``: it takes one cotangent for an array that is several outputs, instead of their sum.
+    """
+
+    def total(arrays: list[mx.array]) -> mx.array:
+        products = [mx.sum(y * g) for y, g in zip(function(*arrays), cotangents, strict=True)]
+        return sum(products[1:], products[0])
+
+    with constant_indices():
+        gradients: list[mx.array] = mx.grad(total)(primals)
+    return gradients
 
 
 def _captures(tap: UnitTap, grads: list[mx.array]) -> list[Capture]:

@@ -6,7 +6,7 @@ answered from the record. So every family that mlx-lm runs is handled by its own
 quantization; ``reverse`` differentiates the record.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_optiq_ext.errors import UnsupportedModel
 from mlx_optiq_ext.models.arrays import split_arrays
+from mlx_optiq_ext.models.effects import Effects, Outcome, replay
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.intercept import intercepted
 from mlx_optiq_ext.models.memory import BlockMemory
@@ -29,7 +30,7 @@ class Node(NamedTuple):
 
     block: int
     rebuild_inputs: Callable[[list[mx.array]], Any]
-    rebuild_outputs: Callable[[list[mx.array]], Any]
+    rebuild_outputs: Callable[[list[mx.array]], Outcome]
     inputs: list[mx.array]
     outputs: list[mx.array]
     input_axes: list[int | None]
@@ -75,6 +76,7 @@ class Tape:
             if not isinstance(m, nn.Embedding) and vocab and m.weight.shape[0] == vocab
         )
         self._modules = modules
+        self._one_more: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = []
         self._block_index = {id(module): i for i, module in enumerate(self.blocks.modules)}
 
     @property
@@ -94,7 +96,7 @@ class Tape:
         Raises:
             UnsupportedModel: The model calls none of its blocks.
         """
-        shapes = self._shapes_of_one_more()
+        self.find_windows()
         self.nodes, origins = [], _Origins()
 
         def run(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,11 +105,14 @@ class Tape:
             sources = [origins.of(leaf) for leaf in given]
             inputs = [copy(leaf) for leaf in given]
             with self.memory.present(index):
+                effects = Effects((args, kwargs))
                 output = original(*args, **kwargs)
-                made, rebuild_outputs = split_arrays(output)
+                made, rebuild_outputs = effects.after(output)
                 mx.eval(made, inputs)
+            if not self.nodes:
+                self.memory.release_outside()
             outputs = [copy(leaf) for leaf in made]
-            input_shapes, output_shapes = shapes[len(self.nodes)]
+            input_shapes, output_shapes = self._one_more[len(self.nodes)]
             axes = _grown_axes(input_shapes, inputs), _grown_axes(output_shapes, outputs)
             handed_through = {id(leaf): value for leaf, value in zip(given, inputs, strict=True)}
             origins.add(len(self.nodes), made, outputs, handed_through)
@@ -117,6 +122,50 @@ class Tape:
 
         with intercepted(self.blocks.modules, run):
             self.model(self.tokens)
+
+    def find_windows(self) -> None:
+        """Find out which axis counts windows at every boundary, without running anything.
+
+        Raises:
+            UnsupportedModel: The model calls none of its blocks.
+        """
+        self._one_more = self._shapes_of_one_more()
+
+    def window_groups(self, call: int, arguments: Any, num_windows: int) -> Iterator[Any]:
+        """Arguments of a block's call for all windows, again for a few windows at a time.
+
+        Needs :meth:`find_windows` beforehand.
+
+        Args:
+            call: Which call of the forward pass this is.
+            arguments: Its (args, kwargs), not changed by what is done with those yielded.
+            num_windows: How many at a time.
+        """
+        given, rebuild = split_arrays(arguments)
+        axes = _grown_axes(self._one_more[call][0], given)
+        for start in range(0, self.num_windows, num_windows):
+            group = range(start, min(start + num_windows, self.num_windows))
+            yield rebuild(_rows([copy(leaf) for leaf in given], axes, group))
+
+    def run_in_groups(self, call: int, block: Callable[..., Any], arguments: Any, num_windows: int) -> Any:
+        """What a block returns for all windows, worked out for a few windows at a time; evaluated.
+
+        Memory: the block's activations of those few windows only. Needs :meth:`find_windows` beforehand.
+        """
+        parts: list[list[mx.array]] = []
+        for args, kwargs in self.window_groups(call, arguments, num_windows):
+            effects = Effects((args, kwargs))
+            made, rebuild = effects.after(block(*args, **kwargs))
+            mx.eval(made)
+            parts.append(made)
+        joined = [
+            column[0] if axis is None else mx.concatenate(column, axis=axis)
+            for column, axis in zip(
+                zip(*parts, strict=True), _grown_axes(self._one_more[call][1], parts[0]), strict=True
+            )
+        ]
+        mx.eval(joined)
+        return replay(arguments, rebuild(joined))
 
     def logits(self, window: int, head: HeadOverride | None = None) -> mx.array:
         """Logits (1, T, V) of one window, from the recorded blocks; lazy."""
@@ -141,7 +190,8 @@ class Tape:
         def answer(_: nn.Module, __: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             inputs.append([copy(leaf) for leaf in split_arrays((args, kwargs))[0]])
             node = self.nodes[len(inputs) - 1]
-            return node.rebuild_outputs([copy(leaf) for leaf in outputs[len(inputs) - 1]])
+            outcome = node.rebuild_outputs([copy(leaf) for leaf in outputs[len(inputs) - 1]])
+            return replay((args, kwargs), outcome)
 
         with intercepted(self.blocks.modules, answer), intercepted(self.outside, tap):
             logits = logits_of(self.model(self.tokens[window : window + 1]))
@@ -159,7 +209,7 @@ class Tape:
             nonlocal count
             count += 1
             if count <= len(recorded):
-                return self.nodes[count - 1].rebuild_outputs(recorded[count - 1])
+                return replay((args, kwargs), self.nodes[count - 1].rebuild_outputs(recorded[count - 1]))
             return original(*args, **kwargs)
 
         with intercepted(self.blocks.modules, answer):
@@ -170,9 +220,12 @@ class Tape:
         shapes: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = []
 
         def note(_: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            inputs = [leaf.shape for leaf in split_arrays((args, kwargs))[0]]
+            inputs, effects = (
+                [leaf.shape for leaf in split_arrays((args, kwargs))[0]],
+                Effects((args, kwargs)),
+            )
             output = original(*args, **kwargs)
-            shapes.append((inputs, [leaf.shape for leaf in split_arrays(output)[0]]))
+            shapes.append((inputs, [leaf.shape for leaf in effects.after(output)[0]]))
             return output
 
         def watch(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
