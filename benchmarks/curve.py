@@ -26,10 +26,11 @@ from mlx_lm.quant.dynamic_quant import estimate_sensitivities  # noqa: E402
 from mlx_lm.utils import save  # noqa: E402
 
 from mlx_optiq_ext.convert.rewrite import Rewriter  # noqa: E402
+from mlx_optiq_ext.eval import score as score_module  # noqa: E402
 from mlx_optiq_ext.eval.score import HeldOutScorer  # noqa: E402
 from mlx_optiq_ext.hub.resolve import resolve_model  # noqa: E402
 from mlx_optiq_ext.measure.calibration import load_windows  # noqa: E402
-from mlx_optiq_ext.models.load import load_model, load_tokenizer  # noqa: E402
+from mlx_optiq_ext.models.load import cast_floats, load_model, load_tokenizer  # noqa: E402
 from mlx_optiq_ext.models.walk import fixed_bits, get_module, quantizable_modules, total_numel  # noqa: E402
 from mlx_optiq_ext.quant.bitmap import allocate  # noqa: E402
 from mlx_optiq_ext.quant.reference import Reference  # noqa: E402
@@ -39,7 +40,20 @@ from mlx_optiq_ext.types.options import AllocateOptions, MeasureOptions, ScoreOp
 from mlx_optiq_ext.types.quant import BitMap, Choice, SensitivityTable  # noqa: E402
 
 
+def score_in_float32() -> None:
+    """Run every scored model in float32 on every back end, so that kernels add nothing to the divergence."""
+
+    def exact(model: Any, _: str) -> Any:
+        cast_floats(model, mx.float32)
+        mx.eval(model.parameters())
+        model.eval()
+        return model
+
+    score_module.make_exact = exact
+
+
 def main() -> None:
+    score_in_float32()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--budgets", default="3.5,4.0,4.5,5.0,5.5,6.0")

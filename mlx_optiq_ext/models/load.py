@@ -60,7 +60,8 @@ def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> Tokeniz
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UnsupportedModel(
-            f"{ref.source}: no usable tokenizer ({error}); the folder needs tokenizer.json and tokenizer_config.json"
+            f"{ref.source}: no usable tokenizer ({error}); the folder needs tokenizer.json and "
+            "tokenizer_config.json"
         ) from error
 
 
@@ -83,11 +84,13 @@ def float_dtype(model: nn.Module, config: dict[str, Any], wanted: str = "auto") 
     return max(counts, key=lambda dtype: counts[dtype]) if counts else mx.bfloat16
 
 
-def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
-    """Type to run the reference in: float32 where the back end's half-precision matmul is not exact (CPU)."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        return mx.float32
-    return stored
+def compute_dtype() -> mx.Dtype:
+    """Type to measure in: float32 on every back end, so that the numbers do not depend on the machine.
+
+    Half-precision matmul on CPUs is inexact, and gradients of many blocks lose more than the errors that
+    are to be told apart; a model whose weights do not fit in float32 is streamed.
+    """
+    return mx.float32
 
 
 def cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -56,7 +56,7 @@ class Reference:
         self._trust = trust_remote_code
         self.model, self.config = load_model(ref, trust_remote_code=trust_remote_code)
         self.stored_dtype = float_dtype(self.model, self.config)
-        self.dtype = compute_dtype(self.stored_dtype)
+        self.dtype = compute_dtype()
         needed, free = resident_nbytes(self.model, self.dtype), available_nbytes()
         if how == "resident" and needed > free:
             raise ResourceError(
