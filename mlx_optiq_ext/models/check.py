@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_optiq_ext.errors import UnsupportedModel
 from mlx_optiq_ext.models.arrays import split_arrays
+from mlx_optiq_ext.models.effects import Effects, replay
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.intercept import constant_indices, intercepted
 from mlx_optiq_ext.models.walk import get_module, quantizable_modules
@@ -39,12 +40,16 @@ def require_runnable(model: nn.Module, *, gradients: bool) -> None:
         def answer(_: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal calls
             calls += 1
-            if delta is not None:
-                leaves, rebuild = split_arrays((args, kwargs))
-                floats = [mx.issubdtype(leaf.dtype, mx.floating) for leaf in leaves]
-                moved = [x + delta.astype(x.dtype) if f else x for x, f in zip(leaves, floats, strict=True)]
-                args, kwargs = rebuild(moved)
-            return original(*args, **kwargs)
+            if delta is None:
+                return original(*args, **kwargs)
+            leaves, rebuild = split_arrays((args, kwargs))
+            floats = [mx.issubdtype(leaf.dtype, mx.floating) for leaf in leaves]
+            moved = rebuild(
+                [x + delta.astype(x.dtype) if f else x for x, f in zip(leaves, floats, strict=True)]
+            )
+            effects = Effects(moved)
+            made, rebuild_outcome = effects.after(original(*moved[0], **moved[1]))
+            return replay((args, kwargs), rebuild_outcome(made))
 
         with intercepted(blocks.modules, answer):
             output = model(mx.zeros((1, _NUM_TOKENS), dtype=mx.int32))
