@@ -7,6 +7,7 @@ checkpoint; the output folder appears under its name only when it is complete an
 import hashlib
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import msgspec
@@ -15,37 +16,45 @@ from msgspec.structs import replace
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.convert.describe import command_line, write_card
 from mlx_optiq_ext.convert.rewrite import Rewriter
-from mlx_optiq_ext.errors import FingerprintMismatch, ResourceError, UsageError
+from mlx_optiq_ext.convert.table import outline_table, read_table
+from mlx_optiq_ext.errors import MeasurementError, ResourceError, UsageError
 from mlx_optiq_ext.eval.score import score
 from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent, write_bytes_atomic
 from mlx_optiq_ext.formats.metadata import write_metadata
 from mlx_optiq_ext.formats.score import encode_score
-from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, read_sensitivity, write_sensitivity
-from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, write_sensitivity
 from mlx_optiq_ext.hub.upload import check_upload, upload_folder
-from mlx_optiq_ext.measure.calibration import load_windows
-from mlx_optiq_ext.models.walk import fixed_bits, total_numel
+from mlx_optiq_ext.measure.calibration import Windows, load_windows
 from mlx_optiq_ext.quant.bitmap import allocate
+from mlx_optiq_ext.quant.correct import Level
+from mlx_optiq_ext.quant.journal import discard_journal
 from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
-from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
+from mlx_optiq_ext.quant.reference import Reference, open_reference
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
-from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.quant.verify import verify_checkpoint
 from mlx_optiq_ext.quant.write import CheckpointWriter
 from mlx_optiq_ext.types.metadata import CheckpointMetadata, MeasuredDivergence
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ConvertOptions, ScoreOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
-from mlx_optiq_ext.types.quant import Allocation, BitMap, CalibrationInfo, SensitivityTable
+from mlx_optiq_ext.types.quant import Allocation, BitMap, SensitivityTable
 from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
 from mlx_optiq_ext.types.verify import VerifyReport
 
 __all__ = ["ConversionResult", "convert_model", "expand_bit_map", "work_folder"]
 
-_NO_CALIBRATION = CalibrationInfo(source="none", sha256="", num_tokens=0, num_windows=0, domains=())
+_JOURNAL = "journal.jsonl"
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _REWRITE_TOKENS = 8192
 """Tokens whose inputs weigh the rounding error: more than are needed to rank tensors."""
+
+
+class _Checked(NamedTuple):
+    """What is known before the long work."""
+
+    reference: Reference
+    given: SensitivityTable | None
+    """The user's own sensitivity file."""
 
 
 class ConversionResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,9 +95,15 @@ def convert_model(
     """
     started = time.monotonic()
     mx.reset_peak_memory()
-    reference = _check(ref, options, out)
-    table = _sensitivities(ref, options, out, reference, progress)
-    allocation = _allocate(table, options, reference)
+    reference, given = _check(ref, options, out)
+    table = given or measure_sensitivity(
+        ref,
+        options.measure,
+        journal_file=work_folder(out) / _JOURNAL,
+        progress=progress,
+        reference=reference,
+    )
+    allocation = replace(_allocate(table, options, reference), correction=_level(options))
     bit_map = expand_bit_map(table, allocation)
     with atomic_folder(out) as folder:
         fallbacks = _write(reference, table, bit_map, options, folder, progress)
@@ -97,7 +112,7 @@ def convert_model(
             allocation=allocation,
             forward_equivalents=table.forward_equivalents,
             peak_nbytes=int(mx.get_peak_memory()),
-            notes=(*table.notes, *_fallback_notes(fallbacks)),
+            notes=(*table.notes, *_correction_notes(table, options), *_fallback_notes(fallbacks)),
         )
         del reference
         mx.clear_cache()
@@ -124,7 +139,7 @@ def expand_bit_map(table: SensitivityTable, allocation: Allocation) -> BitMap:
     )
 
 
-def _check(ref: ModelRef, options: ConvertOptions, out: Path) -> Reference:
+def _check(ref: ModelRef, options: ConvertOptions, out: Path) -> _Checked:
     """Everything that can be known to fail before the long work."""
     require_absent(out)
     targets = [options.allocate.target_bpw, options.allocate.target_size, options.allocate.fit]
@@ -134,17 +149,12 @@ def _check(ref: ModelRef, options: ConvertOptions, out: Path) -> Reference:
         check_upload(options.upload_repo)
     reference = open_reference(ref, options.measure)
     _set_dtype(reference, options)
-    units = reference.units(parse_candidates(options.measure))
-    float_bits = reference.stored_dtype.size * 8
-    outline = SensitivityTable(
-        model=fingerprint(ref), method="static", reference="none", correction="none",
-        calibration=_NO_CALIBRATION, domains=(), units=units, probes=static_probes(units),
-        total_numel=total_numel(reference.model),
-        fixed_bits=fixed_bits(reference.model, units, float_bits), float_bits=float_bits,
-    )  # fmt: skip
-    allocation = _allocate(outline, options, reference)
+    given = read_table(Path(options.sensitivity), reference) if options.sensitivity else None
+    allocation = _allocate(given or outline_table(reference, options.measure), options, reference)
     check_disk_space(out.absolute().parent, allocation.nbytes)
-    return reference
+    if _level(options) != "none":
+        _rewrite_windows(reference, options)
+    return _Checked(reference, given)
 
 
 def _set_dtype(reference: Reference, options: ConvertOptions) -> None:
@@ -157,47 +167,16 @@ def _allocate(table: SensitivityTable, options: ConvertOptions, reference: Refer
     return allocate(table, options.allocate, kv_bytes_per_token=kv)
 
 
-def _sensitivities(
-    ref: ModelRef, options: ConvertOptions, out: Path, reference: Reference, progress: ProgressSink
-) -> SensitivityTable:
-    """The table: given, kept by an interrupted run, or measured now."""
-    if options.sensitivity:
-        table = read_sensitivity(Path(options.sensitivity))
-        if table.method != "published" and table.model.sha256 != fingerprint(ref).sha256:
-            raise FingerprintMismatch(
-                f"{options.sensitivity} was measured on {table.model.source}, whose weights differ from "
-                f"{ref.source}; measure again with `optiq measure {ref.source}`"
-            )
-        return _with_shapes(table, reference)
-    work = work_folder(out)
-    table = measure_sensitivity(
-        ref, options.measure, journal_file=work / "journal.jsonl", progress=progress, reference=reference
-    )
-    write_sensitivity(work / "sensitivity.json", table)
-    return table
+def _level(options: ConvertOptions) -> Level:
+    """How the rounding is corrected; the static method promises to run nothing."""
+    return "none" if options.measure.method == "static" else options.measure.correction
 
 
-def _with_shapes(table: SensitivityTable, reference: Reference) -> SensitivityTable:
-    """Facts about the checkpoint that will be written, which a published or older table may lack."""
-    float_bits = reference.stored_dtype.size * 8
-    if table.method != "published":
-        return replace(table, float_bits=float_bits, fixed_bits=fixed_bits(reference.model, table.units, float_bits))
-    known = {unit.path: unit for unit in table.units}
-    candidates = tuple({choice for unit in table.units for choice in unit.choices})
-    units = tuple(
-        replace(unit, choices=known[unit.path].choices) if unit.path in known else unit
-        for unit in reference.units(candidates)
-    )
-    measured = {probe.path for probe in table.probes}
-    scale = sum(p.divergence for p in table.probes) / max(len(table.probes), 1)
-    guessed = tuple(
-        replace(probe, divergence=probe.divergence * scale)
-        for probe in static_probes(tuple(u for u in units if u.path not in measured))
-    )
-    return replace(
-        table, units=units, probes=(*table.probes, *guessed), float_bits=float_bits,
-        total_numel=total_numel(reference.model), fixed_bits=fixed_bits(reference.model, units, float_bits),
-        notes=(*table.notes, f"{len(guessed)} values the published file lacks follow the static rule"),
+def _rewrite_windows(reference: Reference, options: ConvertOptions) -> Windows:
+    measure = options.measure
+    return load_windows(
+        reference.tokenizer(), source=measure.calibration, split="calibration",
+        num_tokens=max(_REWRITE_TOKENS, measure.num_tokens), window=measure.window,
     )  # fmt: skip
 
 
@@ -206,15 +185,8 @@ def _write(
     progress: ProgressSink,
 ) -> list[str]:  # fmt: skip
     """Rewrite the model into ``folder``; returns paths that could not be corrected."""
-    tokens = None
-    level = options.measure.correction if options.measure.method != "static" else "none"
-    tokenizer = reference.tokenizer()
-    if level != "none":
-        windows = load_windows(
-            tokenizer, source=options.measure.calibration, split="calibration",
-            num_tokens=max(_REWRITE_TOKENS, options.measure.num_tokens), window=options.measure.window,
-        )  # fmt: skip
-        tokens = mx.array(windows.tokens)
+    level = _level(options)
+    tokens = mx.array(_rewrite_windows(reference, options).tokens) if level != "none" else None
     writer = CheckpointWriter(folder, max_shard_bytes=int(options.max_shard_gb * 1e9))
     rewriter = Rewriter(
         reference, bit_map, level=level, dtype=reference.stored_dtype, columns=table.column_importance,
@@ -223,9 +195,22 @@ def _write(
     rewriter.run(tokens, progress)
     keep_vision = "vision_tower" in getattr(reference.model, "model", {})
     writer.finish(
-        reference.config, bit_map, tokenizer=tokenizer, source=Path(reference.ref.path), keep_vision_config=keep_vision
+        reference.config,
+        bit_map,
+        tokenizer=reference.tokenizer(),
+        source=Path(reference.ref.path),
+        keep_vision_config=keep_vision,
     )
     return rewriter.fallbacks
+
+
+def _correction_notes(table: SensitivityTable, options: ConvertOptions) -> tuple[str, ...]:
+    level = _level(options)
+    if table.method in ("static", "published") or table.correction == level:
+        return ()
+    return (
+        f"measured with correction {table.correction}, written with {level}; the prediction is for the first",
+    )
 
 
 def _fallback_notes(fallbacks: list[str]) -> tuple[str, ...]:
@@ -236,7 +221,12 @@ def _fallback_notes(fallbacks: list[str]) -> tuple[str, ...]:
 
 
 def _score(
-    ref: ModelRef, options: ConvertOptions, folder: Path, out: Path, result: ConversionResult, progress: ProgressSink
+    ref: ModelRef,
+    options: ConvertOptions,
+    folder: Path,
+    out: Path,
+    result: ConversionResult,
+    progress: ProgressSink,
 ) -> ConversionResult:
     """Compare with the reference and with uniform choices around the achieved bits, on held-out text."""
     if not options.score:
@@ -250,7 +240,7 @@ def _score(
     wanted = ScoreOptions(uniform=uniform, trust_remote_code=options.measure.trust_remote_code)
     try:
         report = score(ref, [candidate], wanted, progress, labels=[out.name])
-    except ResourceError as error:
+    except (ResourceError, MeasurementError) as error:
         return replace(result, notes=(*result.notes, f"not scored: {error}"))
     write_bytes_atomic(folder / SCORE_FILE, encode_score(report))
     return replace(result, score=report)
@@ -290,9 +280,6 @@ def _describe(
 
 def _clear_work(out: Path) -> None:
     work = work_folder(out)
-    for name in ("journal.jsonl", "sensitivity.json"):
-        (work / name).unlink(missing_ok=True)
+    discard_journal(work / _JOURNAL)
     if work.is_dir() and not any(work.iterdir()):
         work.rmdir()
-
-

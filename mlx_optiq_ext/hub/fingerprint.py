@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from mlx_optiq_ext.errors import ModelNotFound
+from mlx_optiq_ext.errors import ModelError, ModelNotFound
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.quant import ModelFingerprint
 
@@ -22,6 +22,7 @@ def fingerprint(ref: ModelRef) -> ModelFingerprint:
 
     Raises:
         ModelNotFound: No config.json, or no safetensors file.
+        ModelError: One of them is damaged.
     """
     folder = Path(ref.path)
     config_file = folder / "config.json"
@@ -32,7 +33,11 @@ def fingerprint(ref: ModelRef) -> ModelFingerprint:
     digest = hashlib.sha256(config_bytes)
     for file in files:
         _add_file(digest, file)
-    model_type = str(json.loads(config_bytes).get("model_type", "unknown"))
+    try:
+        config = json.loads(config_bytes)
+    except ValueError as error:
+        raise ModelError(f"{config_file} is not JSON ({error}); download the model again") from error
+    model_type = str(config.get("model_type", "unknown")) if isinstance(config, dict) else "unknown"
     return ModelFingerprint(
         model_type=model_type, sha256=digest.hexdigest(), source=ref.source, revision=ref.revision
     )
@@ -42,7 +47,9 @@ def _add_file(digest: "hashlib._Hash", file: Path) -> None:
     nbytes = file.stat().st_size
     with file.open("rb") as stream:
         header_nbytes = int.from_bytes(stream.read(8), "little")
-        digest.update(stream.read(min(header_nbytes, 1 << 28)))
+        if not 0 < header_nbytes <= nbytes - 8:
+            raise ModelError(f"{file} is cut off or no safetensors file; download the model again")
+        digest.update(stream.read(header_nbytes))
         start = 8 + header_nbytes
         for k in range(_SAMPLES):
             stream.seek(start + (nbytes - start) * k // _SAMPLES)

@@ -56,7 +56,8 @@ def fisher_pass(tape: Tape, *, samples: int, seed: int) -> Iterator[BlockStatist
         MeasurementError: Gradients are not finite.
     Cost: per sample one recomputation and one backward pass over the calibration text.
     """
-    num_windows, positions = (int(n) for n in tape.tokens.shape)
+    num_windows = tape.num_windows
+    num_tokens = int(tape.tokens.size) * samples
 
     def cotangent(item: int, logits: mx.array) -> mx.array:
         return sampled_label_gradient(logits, mx.random.key(seed * 1_000_003 + item))
@@ -77,7 +78,7 @@ def fisher_pass(tape: Tape, *, samples: int, seed: int) -> Iterator[BlockStatist
         for path, found in held.pop(captured.block).items():
             _require_finite(path, found)
             weight_shape = get_module(tape.model, path).weight.shape
-            units[path] = statistics_of(found, weight_shape, positions, num_windows)
+            units[path] = statistics_of(found, weight_shape, num_tokens, num_windows)
         yield BlockStatistics(captured.block, units)
 
 

@@ -66,7 +66,7 @@ def render_record(tokenizer: Any, record: Record) -> Rendered:
         output gets none, since templates write their own.
     """
     if record.text is not None:
-        return Rendered(tokens=list(tokenizer.encode(record.text, add_special_tokens=True)), form="text")
+        return Rendered(tokens=_encode(tokenizer, record.text, add_special_tokens=True), form="text")
     messages = [_with_parsed_arguments(message) for message in record.messages or ()]
     tools = list(record.tools or ()) or None
     if _has_template(tokenizer):
@@ -79,9 +79,16 @@ def render_record(tokenizer: Any, record: Record) -> Rendered:
         for form, turns, offered in forms:
             text = _apply_template(tokenizer, turns, offered)
             if text is not None and _holds_everything(text, turns, offered):
-                return Rendered(tokens=list(tokenizer.encode(text, add_special_tokens=False)), form=form)
+                return Rendered(tokens=_encode(tokenizer, text, add_special_tokens=False), form=form)
     plain = "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in _tools_as_text(messages, tools))
-    return Rendered(tokens=list(tokenizer.encode(plain, add_special_tokens=True)), form="plain")
+    return Rendered(tokens=_encode(tokenizer, plain, add_special_tokens=True), form="plain")
+
+
+def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a whole document; windows are cut from it later, so its length is no mistake."""
+    # transformers warns of every text above model_max_length unless it is told not to.
+    quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, **quiet))
 
 
 def _has_template(tokenizer: Any) -> bool:

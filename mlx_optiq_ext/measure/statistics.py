@@ -60,17 +60,17 @@ class LinearStatistics:
         x: Inputs per item, each (n, I).
         g: Output gradients per item, each (n, O).
         windows: Window of each item.
-        positions: Positions per item that the loss was summed over (T).
+        num_tokens: Tokens that the loss was summed over in all passes (T · W · samples).
         num_windows: W.
     """
 
     def __init__(
-        self, x: list[mx.array], g: list[mx.array], windows: list[int], positions: int, num_windows: int
+        self, x: list[mx.array], g: list[mx.array], windows: list[int], num_tokens: int, num_windows: int
     ) -> None:
         self._x = [a.astype(mx.float32) for a in x]
         self._g2 = [mx.square(a.astype(mx.float32)) for a in g]
         self._windows = windows
-        self._scale = 0.5 * num_windows / (positions * len(windows))
+        self._scale = 0.5 * num_windows / num_tokens
         self._num_windows = num_windows
         self.by_gradient = False
 
@@ -103,7 +103,7 @@ class ExpertStatistics:
         g: Gradients per item, each (n, O).
         experts: Expert of each row per item, each (n,).
         windows: Window of each item.
-        positions: Positions per item (T).
+        num_tokens: Tokens of all passes (T · W · samples).
         num_windows: W.
         num_experts: E.
         by_gradient: ``x`` and ``g`` have changed places (the tensor is used as x @ W).
@@ -115,7 +115,7 @@ class ExpertStatistics:
         g: list[mx.array],
         experts: list[npt.NDArray[np.int64]],
         windows: list[int],
-        positions: int,
+        num_tokens: int,
         num_windows: int,
         num_experts: int,
         by_gradient: bool = False,
@@ -128,8 +128,8 @@ class ExpertStatistics:
         self._rows = [np.flatnonzero(owner == e) for e in range(num_experts)]
         self._window = window
         self._num_windows = num_windows
-        hits, tokens = len(owner), positions * len(windows)
-        self._scale = 0.5 * num_windows * (hits / tokens) / (hits + num_experts * PRIOR_HITS)
+        hits = len(owner)
+        self._scale = 0.5 * num_windows * (hits / num_tokens) / (hits + num_experts * PRIOR_HITS)
         self._mean_fisher = (self._g2.T @ mx.square(self._x)) / max(hits, 1)
 
     @property
@@ -178,7 +178,7 @@ class EmbeddingStatistics:
         ids: Token ids per item, each (n,).
         g: Gradients of the looked-up rows per item, each (n, D).
         windows: Window of each item.
-        positions: Positions per item (T).
+        num_tokens: Tokens of all passes (T · W · samples).
         num_windows: W.
     """
 
@@ -187,7 +187,7 @@ class EmbeddingStatistics:
         ids: list[npt.NDArray[np.int64]],
         g: list[mx.array],
         windows: list[int],
-        positions: int,
+        num_tokens: int,
         num_windows: int,
     ) -> None:
         self.by_gradient = True
@@ -195,7 +195,7 @@ class EmbeddingStatistics:
         self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
         self._window = np.concatenate([np.full(len(i), w) for i, w in zip(ids, windows, strict=True)])
         self._num_windows = num_windows
-        self._scale = 0.5 * num_windows / (positions * len(windows))
+        self._scale = 0.5 * num_windows / num_tokens
 
     def importance(self) -> mx.array:
         """E[g_j²] per column (D,): how much an error in that column of a row is felt."""
@@ -219,14 +219,15 @@ class EmbeddingStatistics:
 
 
 def statistics_of(
-    captures: list[tuple[int, Capture]], weight_shape: tuple[int, ...], positions: int, num_windows: int
+    captures: list[tuple[int, Capture]], weight_shape: tuple[int, ...], num_tokens: int, num_windows: int
 ) -> UnitStatistics:
     """Choose and build the statistics for one tensor from all its captures.
 
     Args:
         captures: (window, capture) of every item; a module called twice appears twice.
         weight_shape: (O, I), or (E, O, I).
-        positions: T.
+        num_tokens: Tokens of all passes (T · W · samples). Not counted from the captures: a module that
+            runs twice in a pass has twice as many, and costs the sum of both.
         num_windows: W.
     """
     windows = [w for w, _ in captures]
@@ -234,17 +235,17 @@ def statistics_of(
     if mx.issubdtype(first.x.dtype, mx.integer):
         ids = [np.array(c.call.x, dtype=np.int64).reshape(-1) for _, c in captures]
         gradients = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
-        return EmbeddingStatistics(ids, gradients, windows, positions, num_windows)
+        return EmbeddingStatistics(ids, gradients, windows, num_tokens, num_windows)
     if len(weight_shape) == 2:
         xs = [c.call.x.reshape(-1, c.call.x.shape[-1]) for _, c in captures]
         gs = [c.g.reshape(-1, c.g.shape[-1]) for _, c in captures]
-        return LinearStatistics(xs, gs, windows, positions, num_windows)
+        return LinearStatistics(xs, gs, windows, num_tokens, num_windows)
     rows = [
         _routed_rows(c) if c.call.experts is not None else _head_rows(c, weight_shape[0]) for _, c in captures
     ]
     return ExpertStatistics(
         [x for x, _, _ in rows], [g for _, g, _ in rows], [e for _, _, e in rows],
-        windows, positions, num_windows, weight_shape[0], by_gradient=first.transposed,
+        windows, num_tokens, num_windows, weight_shape[0], by_gradient=first.transposed,
     )  # fmt: skip
 
 

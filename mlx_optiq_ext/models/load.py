@@ -8,12 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
 
 from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.types.model import ModelRef
 
 __all__ = [
@@ -117,4 +118,4 @@ def resident_nbytes(model: nn.Module, dtype: mx.Dtype) -> int:
 
 
 def _leaves(model: nn.Module) -> list[tuple[str, mx.array]]:
-    return tree_flatten(model.parameters())
+    return named_arrays(model.parameters())

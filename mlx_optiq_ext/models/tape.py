@@ -159,7 +159,7 @@ class Tape:
             mx.eval(made)
             parts.append(made)
         joined = [
-            column[0] if axis is None else mx.concatenate(column, axis=axis)
+            column[0] if axis is None else mx.concatenate(list(column), axis=axis)
             for column, axis in zip(
                 zip(*parts, strict=True), _grown_axes(self._one_more[call][1], parts[0]), strict=True
             )

@@ -1,7 +1,8 @@
 """Keep finished units of a measurement, so that a stopped one goes on where it was.
 
 One JSON line per unit behind a first line that says what was measured; a journal of anything else (other
-model, calibration, choices, code) is started anew. Knows nothing of how costs are computed.
+model, calibration, choices, code) is started anew. The finished table is kept beside it, for a conversion
+that is stopped later. Knows nothing of how costs are computed.
 """
 
 import hashlib
@@ -12,13 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_optiq_ext import __version__
+from mlx_optiq_ext.errors import ResourceError, UsageError
+from mlx_optiq_ext.formats.atomic import write_bytes_atomic
+from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
 from mlx_optiq_ext.types.options import MeasureOptions
-from mlx_optiq_ext.types.quant import CalibrationInfo, ModelFingerprint
+from mlx_optiq_ext.types.quant import CalibrationInfo, ModelFingerprint, SensitivityTable
 
-__all__ = ["Journal", "journal_key"]
+__all__ = ["Journal", "discard_journal", "journal_key"]
 
 Floats = npt.NDArray[np.float64]
-_NOT_IN_KEY = ("resume", "probes", "reference")
+_NOT_IN_KEY = ("resume", "probes", "reference", "revision", "calibration", "trust_remote_code")
+"""Options that do not change costs, or whose effect other parts of the key hold."""
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -26,13 +31,26 @@ class _Line(msgspec.Struct, frozen=True):
     costs: list[list[float]]
 
 
-def journal_key(model: ModelFingerprint, calibration: CalibrationInfo, options: MeasureOptions) -> str:
-    """Hash of everything that the costs depend on."""
+def journal_key(
+    model: ModelFingerprint, calibration: CalibrationInfo, options: MeasureOptions, float_dtype: str
+) -> str:
+    """Hash of everything that the costs depend on.
+
+    Args:
+        float_dtype: Stored type of scales and biases.
+    """
     relevant = {
         name: value for name, value in msgspec.structs.asdict(options).items() if name not in _NOT_IN_KEY
     }
-    parts = [model.sha256, calibration.sha256, calibration.num_windows, relevant, __version__]
+    parts = [model.sha256, calibration.sha256, calibration.num_windows, relevant, float_dtype, __version__]
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
+
+def discard_journal(file: Path) -> None:
+    """Delete a journal and the table beside it: the result is where it belongs."""
+    file.unlink(missing_ok=True)
+    for table in file.parent.glob(f"{file.name}.*.table"):
+        table.unlink()
 
 
 class Journal:
@@ -40,11 +58,13 @@ class Journal:
 
     Args:
         file: Opened for appending; None keeps nothing.
+        key: See :func:`journal_key`.
         costs: What it held already: path → (C, W).
     """
 
-    def __init__(self, file: Path | None, costs: dict[str, Floats]) -> None:
+    def __init__(self, file: Path | None, key: str, costs: dict[str, Floats]) -> None:
         self._file = file
+        self._key = key
         self.costs = costs
 
     @classmethod
@@ -54,7 +74,7 @@ class Journal:
         A half-written last line (the process was killed) is dropped.
         """
         if file is None:
-            return cls(None, {})
+            return cls(None, key, {})
         costs: dict[str, Floats] = {}
         if resume and file.is_file():
             lines = file.read_bytes().split(b"\n")
@@ -65,22 +85,48 @@ class Journal:
                     except msgspec.DecodeError:
                         continue
                     costs[entry.path] = np.array(entry.costs, dtype=np.float64)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            discard_journal(file)
         written = [key.encode(), *(_encode(path, values) for path, values in costs.items())]
-        file.write_bytes(b"\n".join(written) + b"\n")
-        return cls(file, costs)
+        write_bytes_atomic(file, b"\n".join(written) + b"\n")
+        return cls(file, key, costs)
 
     def add(self, path: str, costs: Floats) -> None:
-        """Keep one finished unit."""
+        """Keep one finished unit.
+
+        Raises:
+            ResourceError: It cannot be written (the disk is full).
+        """
         self.costs[path] = costs
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             with self._file.open("ab") as stream:
                 stream.write(_encode(path, costs) + b"\n")
+        except OSError as error:
+            raise ResourceError(f"cannot write {self._file}: {error.strerror or error}") from error
 
-    def remove(self) -> None:
-        """Delete the file: the table is written."""
+    def finish(self, table: SensitivityTable, probes: int) -> None:
+        """Keep the finished table.
+
+        Args:
+            probes: Exact probes that were asked for; the table's notes depend on them.
+        """
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            write_sensitivity(self._table_file(probes), table)
+
+    def finished(self, probes: int) -> SensitivityTable | None:
+        """The table that a former run finished, if it did."""
+        if self._file is None or not self._table_file(probes).is_file():
+            return None
+        try:
+            return read_sensitivity(self._table_file(probes))
+        except UsageError:
+            return None
+
+    def _table_file(self, probes: int) -> Path:
+        assert self._file is not None
+        return self._file.with_name(f"{self._file.name}.{self._key[:16]}-{probes}.table")
 
 
 def _encode(path: str, costs: Floats) -> bytes:

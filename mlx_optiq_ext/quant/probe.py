@@ -5,7 +5,7 @@ uncertain, and for the published per-layer sweep (``--method kl``). Needs the mo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -75,7 +75,7 @@ class Prober:
         self.windows = list(windows)
         self._reference = tape.run_from(len(tape.nodes), self.windows).astype(mx.float32)
         mx.eval(self._reference)
-        self._first_call = {}
+        self._first_call: dict[int, int] = {}
         for n, node in enumerate(tape.nodes):
             self._first_call.setdefault(node.block, n)
 
@@ -90,15 +90,10 @@ class Prober:
 
     def divergence(self, unit: Unit, weights: dict[str, mx.array]) -> Floats:
         """Mean KL per window (len(windows),) with the unit's paths replaced by ``weights``."""
-        paths = list(weights)
-
-        def run(rest: list[str]) -> mx.array:
-            if not rest:
-                return self._tape.run_from(self.start_of(unit), self.windows)
-            with replaced(self._tape, rest[0], weights[rest[0]]):
-                return run(rest[1:])
-
-        changed = run(paths)
+        with ExitStack() as stack:
+            for path, weight in weights.items():
+                stack.enter_context(replaced(self._tape, path, weight))
+            changed = self._tape.run_from(self.start_of(unit), self.windows)
         values = mx.mean(kl_divergence(self._reference, changed), axis=-1)
         return np.array(values, dtype=np.float64)
 

@@ -10,10 +10,10 @@ from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_optiq_ext.errors import ResourceError
+from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.check import unpackable_paths
 from mlx_optiq_ext.models.load import (
     cast_floats,
@@ -66,7 +66,7 @@ class Reference:
         self.how: Literal["resident", "stream"] = "stream"
         if how == "resident" or (how == "auto" and needed <= free // 2):
             self.how = "resident"
-        self._source_dtypes = {name: array.dtype for name, array in tree_flatten(self.model.parameters())}
+        self._source_dtypes = {name: array.dtype for name, array in named_arrays(self.model.parameters())}
         self._may_cast = getattr(self.model, "cast_predicate", lambda _: True)
         cast_floats(self.model, self.dtype)
         self._unpackable: set[str] | None = None
@@ -134,7 +134,7 @@ def available_nbytes() -> int:
     if sys.platform == "linux":
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min(int(line.split()[1]) * 1024, _left_in_container())
     if sys.platform == "darwin":
         out = subprocess.run(
             ["/usr/sbin/sysctl", "-n", "hw.memsize"], capture_output=True, text=True, check=False
@@ -142,3 +142,17 @@ def available_nbytes() -> int:
         if out.returncode == 0:
             return int(out.stdout) * 3 // 4
     return 8 << 30
+
+
+def _left_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a Linux container may still take; without a limit, more than any machine has.
+
+    Source: Linux kernel documentation, "Control Group v2", memory.max, memory.current and memory.stat.
+    """
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62
+    return int(limit) - used + int(stat.get("inactive_file", 0)) if limit.isdigit() else 1 << 62

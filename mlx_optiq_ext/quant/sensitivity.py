@@ -4,7 +4,7 @@ Puts together the recorded forward pass, the Fisher statistics, the corrected we
 probes. Restartable: finished units are in a journal and are not computed again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from mlx_optiq_ext.measure.statistics import ExpertStatistics, UnitStatistics
 from mlx_optiq_ext.models.check import require_runnable
 from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
+from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
 from mlx_optiq_ext.quant.probe import Rounding, check_estimates, probe_every_choice
@@ -77,7 +78,7 @@ def measure_sensitivity(
     reference = reference or open_reference(ref, options)
     units = reference.units(parse_candidates(options))
     if options.method == "static":
-        return _table(reference, options, units, static_probes(units), _NO_CALIBRATION, how="none")
+        return _table(reference, options, units, _Found(static_probes(units), _NO_CALIBRATION, "none"))
     if options.method == "kl" and reference.how == "stream":
         raise UsageError("--method kl needs the model resident; use --method fisher, which streams")
     require_runnable(reference.model, gradients=options.method == "fisher")
@@ -88,28 +89,54 @@ def measure_sensitivity(
         num_tokens=options.num_tokens,
         window=options.window,
     )
+    key = journal_key(fingerprint(ref), windows.info, options, str(reference.stored_dtype))
+    journal = Journal.open(journal_file, key, resume=options.resume)
+    finished = journal.finished(options.probes)
+    if finished is not None:
+        return finished
     tape = Tape(reference.model, mx.array(windows.tokens), reference.memory())
     num_blocks = len(tape.blocks)
     tape.forward(lambda done: progress(Progress(stage="forward", done=done, total=num_blocks)))
-    key = journal_key(fingerprint(ref), windows.info, options)
-    journal = Journal.open(journal_file, key, resume=options.resume)
     run = _Run(reference, options, units, windows, tape, journal, progress)
-    if options.method == "kl":
-        plain = Rounding(units, "none", reference.stored_dtype, {})
-        probes, cost = probe_every_choice(tape, plain, windows, journal, progress)
-        return _table(reference, options, units, probes, windows.info, cost=cost)
+    table = _table(run.reference, options, units, _sweep(run) if options.method == "kl" else _fisher(run))
+    journal.finish(table, options.probes)
+    return table
+
+
+class _Found(NamedTuple):
+    """What a method of measuring found."""
+
+    probes: tuple[Probe, ...]
+    calibration: CalibrationInfo
+    correction: Level
+    """How the measured errors were rounded."""
+    cost: float = 0.0
+    notes: tuple[str, ...] = ()
+    columns: dict[str, tuple[float, ...]] = {}  # noqa: RUF012 - never changed
+
+
+def _sweep(run: _Run) -> _Found:
+    """The published sweep: exact probes of everything, rounded plainly."""
+    plain = Rounding(run.units, "none", run.reference.stored_dtype, {})
+    probes, cost = probe_every_choice(run.tape, plain, run.windows, run.journal, run.progress)
+    return _Found(probes, run.windows.info, "none", cost)
+
+
+def _fisher(run: _Run) -> _Found:
+    """Second-order estimates of everything, checked by a few exact probes."""
+    options, reference = run.options, run.reference
     estimate = _estimate(run)
     probes, notes = estimate.probes, estimate.notes
     cost = 1.0 + 3.0 * options.label_samples
     if options.probes and reference.how == "resident":
-        rounding = Rounding(units, options.correction, reference.stored_dtype, estimate.importance)
-        spent, remarks = check_estimates(tape, rounding, probes, windows, options.probes, progress)
+        rounding = Rounding(run.units, options.correction, reference.stored_dtype, estimate.importance)
+        spent, remarks = check_estimates(
+            run.tape, rounding, probes, run.windows, options.probes, run.progress
+        )
         cost, notes = cost + spent, notes + remarks
     elif options.probes:
         notes = (*notes, "no exact probes: the model was streamed")
-    return _table(
-        reference, options, units, probes, windows.info, cost=cost, notes=notes, columns=estimate.columns
-    )
+    return _Found(probes, run.windows.info, options.correction, cost, notes, estimate.columns)
 
 
 class _Estimate(NamedTuple):
@@ -164,12 +191,16 @@ def _estimate(run: _Run) -> _Estimate:
 
 
 def _outside(
-    run: _Run, lookups: Mapping[str, UnitStatistics], costs: dict[str, Floats], report: object
+    run: _Run,
+    lookups: Mapping[str, UnitStatistics],
+    costs: dict[str, Floats],
+    report: Callable[[str], None],
 ) -> None:
     """Embeddings and head, once everything else is measured."""
     for unit in run.units:
-        is_head = unit.path in run.tape.heads or run.tape.tied_head in unit.paths
-        if not is_head and unit.path not in lookups:
+        is_head = any(path in run.tape.heads for path in unit.paths) or run.tape.tied_head in unit.paths
+        looked_up = next((lookups[path] for path in unit.paths if path in lookups), None)
+        if not is_head and looked_up is None:
             continue
         if unit.path not in costs:
             weight = get_module(run.reference.model, unit.path).weight
@@ -177,14 +208,13 @@ def _outside(
             if is_head:
                 head = HeadStatistics(run.tape)
                 costs[unit.path] = divergence_of_head_choices(
-                    weight, head, lookups.get(unit.path), unit.choices, level=level, float_dtype=dtype
+                    weight, head, looked_up, unit.choices, level=level, float_dtype=dtype
                 )
-            else:
+            elif looked_up is not None:
                 costs[unit.path] = divergence_of_choices(
-                    weight, lookups[unit.path], unit.choices, level=level, float_dtype=dtype
+                    weight, looked_up, unit.choices, level=level, float_dtype=dtype
                 )
             run.journal.add(unit.path, costs[unit.path])
-        assert callable(report)
         report(unit.path)
 
 
@@ -227,19 +257,10 @@ def _coverage_notes(path: str, statistics: UnitStatistics) -> list[str]:
 
 
 def _table(
-    reference: Reference,
-    options: MeasureOptions,
-    units: tuple[Unit, ...],
-    probes: tuple[Probe, ...],
-    calibration: CalibrationInfo,
-    *,
-    how: str | None = None,
-    cost: float = 0.0,
-    notes: tuple[str, ...] = (),
-    columns: dict[str, tuple[float, ...]] | None = None,
+    reference: Reference, options: MeasureOptions, units: tuple[Unit, ...], found: _Found
 ) -> SensitivityTable:
     """Assemble the table; a unit that nothing was measured of is kept as it is."""
-    measured = {probe.path for probe in probes}
+    measured = {probe.path for probe in found.probes}
     kept = tuple(unit if unit.path in measured else replace(unit, choices=(KEEP,)) for unit in units)
     unmeasured = tuple(
         Probe(path=unit.path, choice=KEEP, divergence=0.0) for unit in kept if unit.path not in measured
@@ -248,17 +269,17 @@ def _table(
     return SensitivityTable(
         model=fingerprint(reference.ref),
         method=options.method,
-        reference=how or reference.how,  # type: ignore[arg-type]
-        correction=options.correction,
-        calibration=calibration,
-        domains=calibration.domains,
+        reference="none" if options.method == "static" else reference.how,
+        correction=found.correction,
+        calibration=found.calibration,
+        domains=found.calibration.domains,
         units=kept,
-        probes=(*probes, *unmeasured),
+        probes=(*found.probes, *unmeasured),
         total_numel=total_numel(reference.model),
         fixed_bits=fixed_bits(reference.model, units, float_bits),
         float_bits=float_bits,
-        notes=(*calibration.notes, *notes),
-        forward_equivalents=cost,
+        notes=(*found.calibration.notes, *found.notes),
+        forward_equivalents=found.cost,
         code_version=__version__,
-        column_importance=columns or {},
+        column_importance=found.columns,
     )

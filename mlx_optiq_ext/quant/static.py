@@ -59,7 +59,7 @@ def static_probes(units: Sequence[Unit]) -> tuple[Probe, ...]:
 
 def _weight(unit: Unit) -> float:
     leaf = unit.path.rsplit(".", 1)[-1]
-    return unit.numel * unit.active_share**0.5 * _KIND_WEIGHT[unit.kind] * _ROLE_WEIGHT.get(leaf, 1.0)
+    return unit.numel * math.sqrt(unit.active_share) * _KIND_WEIGHT[unit.kind] * _ROLE_WEIGHT.get(leaf, 1.0)
 
 
 def _effective_bits(bits: int, group_size: int) -> float:

@@ -38,7 +38,6 @@ PARAMETER_EXCEPTIONS: dict[str, int] = {
     "mlx_optiq_ext/quant/fit.py:fit_groups": 8,
     "mlx_optiq_ext/quant/gptq.py:_refit": 7,
     "mlx_optiq_ext/quant/gptq.py:refine_rows": 7,
-    "mlx_optiq_ext/quant/sensitivity.py:_table": 9,
 }
 
 # They stand in for a command of mlx-lm, or are run as a script whose stdout another process reads.

@@ -14,6 +14,7 @@ from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.formats.sensitivity import write_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.measure.domains import domain_rank_correlation
+from mlx_optiq_ext.quant.journal import discard_journal
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.quant import SensitivityTable
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     journal = out.with_name(f".{out.name}.journal")
     table = measure_sensitivity(ref, options, journal_file=journal, progress=console.progress)
     write_sensitivity(out, table)
-    journal.unlink(missing_ok=True)
+    discard_journal(journal)
     console.note(f"sensitivity file written to {out}")
     for note in table.notes:
         console.note(f"note: {note}")
