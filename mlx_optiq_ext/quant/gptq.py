@@ -17,7 +17,8 @@ from mlx_optiq_ext.quant.fit import Array, Groups, edge_groups, fit_groups, roun
 
 __all__ = ["Codes", "Feedback", "feedback_rows", "prepare_feedback", "refine_rows", "row_losses"]
 
-_DAMPING = 0.3
+# Measured on held-out text: 0.3 is best for 15,000 calibration tokens, 1 to 3 for 1,000; flat around it.
+_DAMPING = 0.5
 _TINY = 1e-30
 
 
@@ -122,7 +123,7 @@ def feedback_rows(
 
 
 def refine_rows(
-    weight: Array, start: Codes, feedback: Feedback, *, bits: int, dtype: mx.Dtype, xp: Any, sweeps: int = 1
+    weight: Array, start: Codes, feedback: Feedback, *, bits: int, dtype: mx.Dtype, xp: Any, sweeps: int = 2
 ) -> Codes:
     """Lower e·G·e further: per group, re-round each code given all others, then refit scale and bias.
 
