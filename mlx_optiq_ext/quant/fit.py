@@ -16,7 +16,9 @@ Array: TypeAlias = Any
 """A float32 ``numpy.ndarray`` or ``mlx.core.array``: every function here takes either, never mixed."""
 
 _GRID = 4
+"""Clip positions per end of a group's range; every pair is screened."""
 _ALTERNATIONS = 2
+"""Refits of the winner."""
 _TINY = 1e-30
 
 
@@ -45,8 +47,6 @@ def fit_groups(
     bits: int,
     dtype: mx.Dtype,
     xp: Any,
-    grid: int = _GRID,
-    alternations: int = _ALTERNATIONS,
 ) -> Groups:
     """Choose scale and bias per group so that Σ_j a_j (w_j − scale·q_j − bias)² is small.
 
@@ -61,9 +61,7 @@ def fit_groups(
         bits: Width of a code.
         dtype: Stored type of scales and biases.
         xp: ``numpy`` or ``mlx.core``, whichever made the arrays.
-        grid: Clip positions per end of the range; grid² ranges are screened.
-        alternations: Refits of the winner.
-    Cost: grid² + alternations + 2 passes over the weights, about a dozen elementwise steps each.
+    Cost: about 20 passes over the weights, about a dozen elementwise steps each.
     Source: METHOD.md §4; weighted least squares over fixed codes, as in importance-matrix quantizers.
     """
     last = (1 << bits) - 1
@@ -71,15 +69,15 @@ def fit_groups(
     total = importance.sum(-1)
     best = start
     best_error = weighted_square(weight, importance, start, last, xp)
-    candidate = _screen(weight, importance, total, start, last, grid, xp)
-    for step in range(alternations + 1):
+    candidate = _screen(weight, importance, total, start, last, xp)
+    for step in range(_ALTERNATIONS + 1):
         candidate = _round_groups(candidate, best, dtype, xp)
         moments = _moments(weight, importance, candidate, last, xp)
         error = moments.uu * candidate.scale * candidate.scale
         better = error < best_error
         best = _select(better, candidate, best, xp)
         best_error = xp.where(better, error, best_error)
-        if step < alternations:
+        if step < _ALTERNATIONS:
             candidate = _refit(candidate, moments, total, dtype, xp)
     return best
 
@@ -159,15 +157,13 @@ def _moments(weight: Array, importance: Array, groups: Groups, last: int, xp: An
     )
 
 
-def _screen(
-    weight: Array, importance: Array, total: Array, start: Groups, last: int, grid: int, xp: Any
-) -> Groups:
+def _screen(weight: Array, importance: Array, total: Array, start: Groups, last: int, xp: Any) -> Groups:
     """Best of the clip grid by the error left after an exact least-squares refit; not yet rounded."""
     low, high = weight.min(-1), weight.max(-1)
     step = (high - low) / last
     best, best_error = start, None
-    for clip_low in _clip_steps(last, grid):
-        for clip_high in _clip_steps(last, grid):
+    for clip_low in _clip_steps(last):
+        for clip_high in _clip_steps(last):
             bias = low + clip_low * step
             scale = xp.maximum((high - clip_high * step - bias) / last, _TINY)
             groups = Groups(scale=scale, bias=bias)
@@ -191,10 +187,10 @@ def _screen(
     return best
 
 
-def _clip_steps(last: int, grid: int) -> list[float]:
+def _clip_steps(last: int) -> list[float]:
     """How many code steps to cut off one end of the range; slightly negative widens it."""
     widest = 0.2 + 0.3 * last.bit_length()
-    return [-0.2 + (widest + 0.2) * k / max(grid - 1, 1) for k in range(grid)]
+    return [-0.2 + (widest + 0.2) * k / (_GRID - 1) for k in range(_GRID)]
 
 
 def _refit(groups: Groups, moments: _Moments, total: Array, dtype: mx.Dtype, xp: Any) -> Groups:
