@@ -16,9 +16,12 @@ from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.card import has_chat_template
 from mlx_optiq_ext.convert.model import ConversionResult, convert_model
 from mlx_optiq_ext.formats.atomic import require_absent
+from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.quant.report import build_report
+from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.options import ConvertOptions
+from mlx_optiq_ext.types.verify import VerifyReport
 from mlx_optiq_integrations.usage import snippets_text, usage_snippets
 
 __all__ = ["add_arguments", "render", "run"]
@@ -46,11 +49,35 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render(result: ConversionResult, *, is_terminal: bool) -> str:
-    """What came out, for people: bits, comparison, heat map, and how to run it."""
+    """What came out, for people: bits, comparison, heat map, verification, cost, and how to run it."""
     out = Path(result.out)
-    report = build_report(out.name, allocation=result.allocation, score=result.score)
+    table = read_sensitivity(out)
+    report = build_report(out.name, table=table, allocation=result.allocation, score=result.score)
     usage = snippets_text(usage_snippets(result.out, is_chat=has_chat_template(out)))
+    return "\n\n".join(
+        (
+            terminal_text(report, is_terminal=is_terminal),
+            "\n".join((_verification(result.verification), _cost(result), f"Written to {result.out}")),
+            usage,
+            f"All pictures: optiq report {shlex.quote(result.out)} --format html --out report.html",
+        )
+    )
+
+
+def _verification(report: VerifyReport | None) -> str:
+    if report is None:
+        return "Not verified (--no-verify)"
     return (
-        f"{terminal_text(report, is_terminal=is_terminal)}\n\n{usage}\n\n"
-        f"All pictures: optiq report {shlex.quote(result.out)} --format html --out report.html"
+        f"Verified: {report.num_paths} modules and {report.num_tensors} tensors are as planned in "
+        f"config.json, on disk and in stock mlx-lm {report.mlx_lm}, which loads it without this package ({report.forward})"
+    )
+
+
+def _cost(result: ConversionResult) -> str:
+    minutes, seconds = divmod(round(result.seconds), 60)
+    spent = f"{minutes} min {seconds} s" if minutes else f"{result.seconds:.1f} s"
+    passes = f", {result.forward_equivalents:.3g} forward passes" if result.forward_equivalents else ""
+    return (
+        f"{format_nbytes(result.allocation.nbytes)} of weights in {spent}{passes}; "
+        f"arrays took at most {format_nbytes(result.peak_nbytes)} of memory"
     )

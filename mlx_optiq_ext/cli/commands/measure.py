@@ -13,7 +13,7 @@ from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.formats.sensitivity import write_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model
-from mlx_optiq_ext.measure.domains import domain_rank_correlation
+from mlx_optiq_ext.measure.domains import DomainAgreement, domain_rank_correlation
 from mlx_optiq_ext.quant.journal import discard_journal
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.types.options import MeasureOptions
@@ -22,6 +22,8 @@ from mlx_optiq_ext.types.quant import SensitivityTable
 __all__ = ["add_arguments", "render", "run"]
 
 _SHOWN = 10
+_AGREES = 0.8
+"""Rank correlation from which on it hardly matters which of two domains is calibrated on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,14 +97,29 @@ def _common_choice(table: SensitivityTable) -> str:
 
 
 def _agreement(table: SensitivityTable) -> str:
-    """Rank correlation between domains at the choice that most tensors have."""
-    choice = next(p.choice for p in table.probes if p.choice.label == _common_choice(table))
+    """Rank correlation between domains at the choice that most tensors have, and where it is least."""
     found = domain_rank_correlation(table)
-    picked = next((c for c in found if c.choice == choice), found[0])
-    lines = [f"domains agree on the order of tensors ({picked.choice.label}, Spearman)"]
+    if not found:
+        return f"domains not compared: fewer than 3 tensors were measured in all {len(table.domains)} of them"
+    label = _common_choice(table)
+    picked = next((c for c in found if c.choice.label == label), found[0])
     matrix = [
         (name, *(f"{value:.2f}" for value in row))
         for name, row in zip(table.domains, picked.matrix, strict=True)
     ]
-    lines.append(format_table(("", *(name[:9] for name in table.domains)), matrix))
+    title = f"how far domains agree on the order of tensors ({picked.choice.label}, Spearman)"
+    shown = format_table(("", *(name[:9] for name in table.domains)), matrix, title)
+    return f"{shown}\n{_disagreement(picked)}"
+
+
+def _disagreement(agreement: DomainAgreement) -> str:
+    """The pair that agrees least, the odd one out, and what that means."""
+    first, second = agreement.worst_pair
+    lines = [f"least agreement: {first} and {second}, {agreement.worst:.2f}"]
+    odd = min(range(len(agreement.domains)), key=lambda i: agreement.with_rest[i])
+    lines.append(f"furthest from the others: {agreement.domains[odd]}, {agreement.with_rest[odd]:.2f}")
+    if not agreement.worst >= _AGREES:
+        lines.append(
+            "bits chosen for some of these domains suit others less: calibrate on what the model is for"
+        )
     return "\n".join(lines)
