@@ -38,8 +38,7 @@ def input_moments(calls: Sequence[Call], weight_shape: tuple[int, ...], *, want_
     if mx.issubdtype(calls[0].x.dtype, mx.integer) or calls[0].transposed:
         return None
     if len(weight_shape) == 2:
-        x = mx.concatenate([call.x.reshape(-1, call.x.shape[-1]) for call in calls]).astype(mx.float32)
-        moments = Moments(mx.mean(mx.square(x), axis=0), (x.T @ x) / x.shape[0] if want_gram else None)
+        moments = _plain_moments(calls, weight_shape[-1], want_gram=want_gram)
     else:
         inputs = [
             routed_inputs(call) if call.experts is not None else _head_inputs(call, weight_shape[0])
@@ -51,6 +50,19 @@ def input_moments(calls: Sequence[Call], weight_shape: tuple[int, ...], *, want_
         moments = Moments(expert_importance(x, rows), expert_grams(x, rows) if want_gram else None)
     mx.eval([m for m in moments if m is not None])
     return moments
+
+
+def _plain_moments(calls: Sequence[Call], width: int, *, want_gram: bool) -> Moments:
+    """Moments of an ordinary linear's inputs, summed call by call: only one call's squares are held."""
+    num_rows = sum(call.x.size // width for call in calls)
+    squares = mx.zeros(width)
+    gram = mx.zeros((width, width)) if want_gram else None
+    for call in calls:
+        x = call.x.reshape(-1, width).astype(mx.float32)
+        squares = squares + mx.sum(mx.square(x), axis=0)
+        gram = gram + x.T @ x if gram is not None else None
+        mx.eval([m for m in (squares, gram) if m is not None])
+    return Moments(squares / num_rows, gram / num_rows if gram is not None else None)
 
 
 def expert_importance(x: mx.array, rows: Rows) -> mx.array:
