@@ -69,7 +69,8 @@ def _verification(report: VerifyReport | None) -> str:
         return "Not verified (--no-verify)"
     return (
         f"Verified: {report.num_paths} modules and {report.num_tensors} tensors are as planned in "
-        f"config.json, on disk and in stock mlx-lm {report.mlx_lm}, which loads it without this package ({report.forward})"
+        f"config.json, on disk and in stock mlx-lm {report.mlx_lm}, which loads it without this "
+        f"package ({report.forward})"
     )
 
 
