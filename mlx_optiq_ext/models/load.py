@@ -41,7 +41,7 @@ def load_model(ref: ModelRef, *, trust_remote_code: bool = False) -> tuple[nn.Mo
         model, config = mlx_lm_utils.load_model(
             Path(ref.path), lazy=True, strict=True, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, AttributeError, TypeError, ModuleNotFoundError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, ModuleNotFoundError, SystemExit) as error:
         raise UnsupportedModel(
             f"{ref.source}: mlx-lm cannot build this model ({type(error).__name__}: {error}); "
             "check that `mlx_lm.generate` runs it, or update mlx-lm"
@@ -59,7 +59,7 @@ def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> Tokeniz
         return _load_tokenizer(
             Path(ref.path), tokenizer_config_extra={"trust_remote_code": trust_remote_code}
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UnsupportedModel(
             f"{ref.source}: no usable tokenizer ({error}); the folder needs tokenizer.json and "
             "tokenizer_config.json"

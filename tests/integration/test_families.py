@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.convert import convert as stock_convert
+from msgspec.structs import replace
 from support_families import save_family
 from support_family_configs import COMMON, NAMED
 
@@ -19,6 +20,7 @@ from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, Measure
 from mlx_optiq_ext.types.quant import BitMap, SensitivityTable
 
 STREAMED = ("llama", "qwen3_moe", "qwen3_5", "deepseek_v3", "gemma4", "nemotron_h")
+FULLY_CORRECTED = ("deepseek_v3", "gemma4")
 VERIFIED_APART = ("qwen3_5_moe", "gemma4", "deepseek_v3")
 LIKE_STOCK = ("qwen3_moe", "qwen3_5_moe", "gemma4", "nemotron_h", "deepseek_v3", "lfm2", "mamba2")
 WITH_EXPERTS = (
@@ -26,8 +28,9 @@ WITH_EXPERTS = (
     "granitemoehybrid",
 )  # fmt: skip
 MEASURE = MeasureOptions(
-    num_tokens=256, window=32, label_samples=1, probes=0, candidate_bits="3,4,6,8", candidate_groups="32"
-)
+    num_tokens=256, window=32, label_samples=1, probes=0, candidate_bits="3,4,6,8", candidate_groups="32",
+    correction="fast",
+)  # fmt: skip
 TARGET_BPW = 6.5
 
 
@@ -40,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_family_goes_the_whole_way(name: str, folders: Path) -> None:
     source, out = _source(folders, name), folders / f"{name}-out"
     options = ConvertOptions(
-        measure=MEASURE,
+        measure=replace(MEASURE, correction="full") if name in FULLY_CORRECTED else MEASURE,
         allocate=AllocateOptions(target_bpw=TARGET_BPW),
         score=False,
         verify=name in VERIFIED_APART,
@@ -70,6 +73,20 @@ def test_streaming_gives_the_same_table(name: str, folders: Path) -> None:
     for one, other in zip(streamed.probes, resident.probes, strict=True):
         assert (one.path, one.choice) == (other.path, other.choice)
         assert one.divergence == pytest.approx(other.divergence, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "nemotron_h"])
+def test_streaming_writes_the_same_checkpoint(name: str, folders: Path) -> None:
+    source = _source(folders, name)
+    written = []
+    for how in ("resident", "stream"):
+        options = ConvertOptions(
+            measure=_with_reference(how), allocate=AllocateOptions(target_bpw=6.5), score=False, verify=False
+        )
+        convert_model(source, options, folders / f"{name}-{how}")
+        written.append(mx.load(str(folders / f"{name}-{how}" / "model.safetensors")))
+    assert written[0].keys() == written[1].keys()
+    assert all(mx.array_equal(written[0][key], written[1][key]).item() for key in written[0])
 
 
 @pytest.mark.parametrize("name", LIKE_STOCK)
@@ -121,7 +138,7 @@ def _source(folders: Path, name: str) -> ModelRef:
 def _with_reference(how: str) -> MeasureOptions:
     return MeasureOptions(
         num_tokens=256, window=32, label_samples=1, probes=0, candidate_bits="4", candidate_groups="32",
-        reference=how,  # type: ignore[arg-type]
+        correction="fast", reference=how,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
