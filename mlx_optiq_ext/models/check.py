@@ -81,10 +81,11 @@ def require_runnable(model: nn.Module, *, gradients: bool) -> None:
 
 
 def unpackable_paths(model: nn.Module) -> set[str]:
-    """Modules that could be packed by their shape, but whose weight the model reads directly.
+    """Modules that could be packed by their shape, but that do not run packed.
 
-    A tied head written as ``h @ embed.weight.T`` cannot use a packed table. Found by setting up the
-    forward pass with everything packed; where the model does not run at all, nothing is found.
+    A tied head written as ``h @ embed.weight.T`` cannot use a packed table, and a family's own linear may
+    not know the modes that mlx-lm packs with. Found by setting up the forward pass with everything packed;
+    where the model does not run at all, nothing is found.
     """
     paths = [path for path, module in quantizable_modules(model).items() if module.weight.shape[-1] % 32 == 0]
     if not _runs(model, ()) or _runs(model, paths):
@@ -95,9 +96,15 @@ def unpackable_paths(model: nn.Module) -> set[str]:
 def _runs(model: nn.Module, packed: Iterable[str]) -> bool:
     """Whether the forward pass can be set up with some modules packed; the model is left as it was."""
     originals = {path: get_module(model, path) for path in packed}
-    changed = [(path, module.to_quantized(group_size=32, bits=8)) for path, module in originals.items()]
     try:
-        model.update_modules(tree_unflatten(changed))
+        model.update_modules(
+            tree_unflatten(
+                [
+                    (path, module.to_quantized(group_size=32, bits=8, mode="affine"))
+                    for path, module in originals.items()
+                ]
+            )
+        )
         model(mx.zeros((1, _NUM_TOKENS), dtype=mx.int32))
     except _FAILURES:
         return False

@@ -46,12 +46,20 @@ def test_what_cannot_be_measured_is_refused_before_any_work(name: str) -> None:
         require_runnable(model.train(), gradients=True)
 
 
-def test_a_table_that_the_model_reads_directly_is_kept() -> None:
-    model, config = tiny_family("seed_oss")
-    kept = unpackable_paths(model)
-    assert kept == {"model.embed_tokens"}
-    units = list_units(model, config, [Choice(bits=4, group_size=64)], unpackable=kept)
-    assert [unit.path for unit in units if unit.choices == (KEEP,)] == ["model.embed_tokens"]
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("seed_oss", {"model.embed_tokens"}),
+        ("afm7", {"model.layers.0.self_attn.qkv_proj", "model.layers.1.self_attn.qkv_proj"}),
+    ],
+)
+def test_what_does_not_run_packed_is_kept(name: str, kept: set[str]) -> None:
+    model, config = tiny_family(name)
+    before = list(model.named_modules())
+    assert unpackable_paths(model) == kept
+    assert [(path, id(module)) for path, module in model.named_modules()] == [(p, id(m)) for p, m in before]
+    units = list_units(model, config, [Choice(bits=4, group_size=32)], unpackable=kept)
+    assert {unit.path for unit in units if unit.choices == (KEEP,)} == kept
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32", "minimax_m3_vl"])
