@@ -48,7 +48,7 @@ def save_tiny(folder: Path, config: dict[str, Any] = LLAMA, seed: int = 0) -> Mo
     return ModelRef(path=str(folder), source=folder.name)
 
 
-def quick_options(calibration: Path, **changed: Any) -> MeasureOptions:
+def quick_options(calibration: Path | str, **changed: Any) -> MeasureOptions:
     """Few tokens, few choices, fast rounding, no probes."""
     settings: dict[str, Any] = {
         "calibration": str(calibration), "num_tokens": TOKENS, "window": WINDOW, "candidate_bits": "2,4,8",

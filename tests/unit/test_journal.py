@@ -1,0 +1,117 @@
+"""What a journal keeps, what starts it anew, and how it ends."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from support_tables import make_table
+
+from mlx_optiq_ext import errors
+from mlx_optiq_ext.quant import journal as journal_module
+from mlx_optiq_ext.quant.journal import Journal, discard_journal, journal_key
+from mlx_optiq_ext.types.options import MeasureOptions
+from mlx_optiq_ext.types.quant import CalibrationInfo, ModelFingerprint
+
+MODEL = ModelFingerprint(model_type="llama", sha256="a" * 64)
+TEXT = CalibrationInfo(source="x", sha256="b" * 64, num_tokens=64, num_windows=2, domains=("prose",))
+COSTS = np.array([[0.1, 0.2], [0.3, 0.4]])
+
+
+def _key(**changed: Any) -> str:
+    parts: dict[str, Any] = {
+        "model": MODEL,
+        "calibration": TEXT,
+        "options": MeasureOptions(),
+        "float_dtype": "bf16",
+    }
+    return journal_key(**{**parts, **changed})
+
+
+def test_units_come_back_in_a_second_run(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "journal"
+    Journal.open(file, "key", resume=True).add("a.b", COSTS)
+    again = Journal.open(file, "key", resume=True)
+    np.testing.assert_array_equal(again.costs["a.b"], COSTS)
+
+
+@pytest.mark.parametrize(("key", "resume"), [("other", True), ("key", False)])
+def test_another_key_or_no_resume_starts_anew(tmp_path: Path, key: str, resume: bool) -> None:
+    file = tmp_path / "journal"
+    Journal.open(file, "key", resume=True).add("a", COSTS)
+    assert Journal.open(file, key, resume=resume).costs == {}
+    assert file.read_bytes() == key.encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": replace(MODEL, sha256="c" * 64)},
+        {"calibration": replace(TEXT, sha256="c" * 64)},
+        {"calibration": replace(TEXT, num_windows=3)},
+        {"float_dtype": "float32"},
+        *(
+            {"options": MeasureOptions(**{name: value})}
+            for name, value in {
+                "candidate_bits": "4,8", "candidate_groups": "32", "method": "kl", "correction": "none",
+                "num_tokens": 128, "window": 64, "label_samples": 3, "seed": 1,
+            }.items()
+        ),
+    ],
+    ids=lambda changed: next(iter(changed)),
+)  # fmt: skip
+def test_whatever_costs_depend_on_changes_the_key(changed: dict[str, Any]) -> None:
+    assert _key(**changed) != _key()
+
+
+def test_another_version_of_the_code_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _key()
+    monkeypatch.setattr(journal_module, "__version__", "99.0")
+    assert _key() != before
+
+
+@pytest.mark.parametrize("name", ["resume", "probes", "reference", "trust_remote_code"])
+def test_how_it_is_run_does_not_change_the_key(name: str) -> None:
+    value = {"resume": False, "probes": 3, "reference": "stream", "trust_remote_code": True}[name]
+    assert _key(options=MeasureOptions(**{name: value})) == _key()
+
+
+def test_the_finished_table_is_kept_under_its_key_and_probes_until_discarded(tmp_path: Path) -> None:
+    file, table = tmp_path / "journal", make_table()
+    Journal.open(file, "k" * 64, resume=True).finish(table, 8)
+    assert Journal.open(file, "k" * 64, resume=True).finished(8) == table
+    assert Journal.open(file, "k" * 64, resume=True).finished(0) is None
+    assert Journal.open(file, "l" * 64, resume=True).finished(8) is None
+    discard_journal(file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_resume_forgets_the_finished_table(tmp_path: Path) -> None:
+    file = tmp_path / "journal"
+    Journal.open(file, "k" * 64, resume=True).finish(make_table(), 8)
+    assert Journal.open(file, "k" * 64, resume=False).finished(8) is None
+
+
+def test_a_damaged_finished_table_is_measured_again(tmp_path: Path) -> None:
+    file = tmp_path / "journal"
+    Journal.open(file, "k" * 64, resume=True).finish(make_table(), 8)
+    next(tmp_path.glob("*.table")).write_text("{")
+    assert Journal.open(file, "k" * 64, resume=True).finished(8) is None
+
+
+def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
+    journal = Journal.open(None, "key", resume=True)
+    journal.add("a", COSTS)
+    journal.finish(make_table(), 8)
+    assert journal.finished(8) is None
+    assert list(journal.costs) == ["a"]
+
+
+def test_a_full_disk_is_said_clearly(tmp_path: Path) -> None:
+    file = tmp_path / "journal"
+    journal = Journal.open(file, "key", resume=True)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(errors.ResourceError, match="cannot write"):
+        journal.add("a", COSTS)
