@@ -13,7 +13,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as _load_tokenizer
 
-from mlx_optiq_ext.errors import UnsupportedModel
+from mlx_optiq_ext.errors import ModelError, ModelNotFound, UnsupportedModel
 from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.types.model import ModelRef
 
@@ -35,12 +35,20 @@ def load_model(ref: ModelRef, *, trust_remote_code: bool = False) -> tuple[nn.Mo
     Returns:
         The model in evaluation mode and its config.json as a dict.
     Raises:
+        ModelNotFound: The folder has no config or no weights.
+        ModelError: A weight file is damaged.
         UnsupportedModel: mlx-lm has no such family, or weights and module tree do not agree.
     """
     try:
         model, config = mlx_lm_utils.load_model(
             Path(ref.path), lazy=True, strict=True, trust_remote_code=trust_remote_code
         )
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelNotFound(
+            f"{ref.source}: {error}; the folder needs config.json and model*.safetensors"
+        ) from error
+    except RuntimeError as error:  # what mlx raises for a file it cannot read
+        raise ModelError(f"{ref.source}: {error}; download the model again") from error
     except (ValueError, KeyError, AttributeError, TypeError, ModuleNotFoundError, SystemExit) as error:
         raise UnsupportedModel(
             f"{ref.source}: mlx-lm cannot build this model ({type(error).__name__}: {error}); "
