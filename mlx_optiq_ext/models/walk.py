@@ -110,7 +110,8 @@ def list_units(
                 choices=_allowed(shape[-1], candidates, floor),
             )
         )
-    return _mark_untied_embedding(tuple(units))
+    text = config.get("text_config") or {}
+    return _mark_lookups(tuple(units), text.get("hidden_size", config.get("hidden_size")))
 
 
 def total_numel(model: nn.Module) -> int:
@@ -197,11 +198,12 @@ def _active_share(kind: UnitKind, shape: tuple[int, ...], num_experts_used: int 
     return 1.0
 
 
-def _mark_untied_embedding(units: tuple[Unit, ...]) -> tuple[Unit, ...]:
-    """With a head of its own, an embedding is read one row a token."""
-    if not any(unit.kind == "head" for unit in units):
-        return units
+def _mark_lookups(units: tuple[Unit, ...], width: int | None) -> tuple[Unit, ...]:
+    """A table beside a head, or of another width than the model's, is read one row a token."""
+    has_head = any(unit.kind == "head" for unit in units)
     return tuple(
-        replace(unit, active_share=1.0 / unit.shape[0]) if unit.kind == "embedding" else unit
+        replace(unit, active_share=1.0 / unit.shape[0])
+        if unit.kind == "embedding" and (has_head or width not in (None, unit.shape[-1]))
+        else unit
         for unit in units
     )

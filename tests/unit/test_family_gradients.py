@@ -69,3 +69,10 @@ def test_projections_that_only_choose_positions_keep_eight_bits(name: str) -> No
     choosing = [unit for unit in units if "index" in unit.path]
     assert choosing
     assert all(choice.bits >= 8 for unit in choosing for choice in unit.choices)
+
+
+def test_per_layer_tables_are_read_one_row_a_token() -> None:
+    model, config = tiny_family("gemma4")
+    share = {unit.module: unit.active_share for unit in list_units(model, config, [KEEP])}
+    assert share["model.embed_tokens"] == 1.0
+    assert share["model.embed_tokens_per_layer"] == pytest.approx(1 / 320)
