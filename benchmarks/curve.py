@@ -3,7 +3,7 @@
     python benchmarks/curve.py MODEL [--dither DIR] [--budgets 3.5,4,4.5,5,5.5,6] [--out curve.json]
 
 Baselines are computed here from their public definitions: plain uniform affine, mlx-lm's ``mixed_4_6`` and
-``dynamic_quant`` 4/5, and the published greedy over {4, 8} bits. ``--dither`` re-randomises weights that
+``dynamic_quant`` 4/5, and a greedy ascent over {4, 8} bits as published (with our estimates for its probes). ``--dither`` re-randomises weights that
 came off a 4-bit grid (SmolLM2 from its GGUF) within their cells, so that no method can find the grid again.
 """
 
@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument("--groups", default="64")
     parser.add_argument("--dither", type=Path, metavar="DIR", help="write the dithered model here and use it")
     parser.add_argument("--no-baselines", action="store_true")
+    parser.add_argument(
+        "--uniform-corrected", action="store_true", help="also uniform choices with our rounding"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     ref = resolve_model(args.model)
@@ -74,8 +77,6 @@ def main() -> None:
         run.baselines()
     for level in args.levels.split(","):
         run.ours(level)
-    if args.out:
-        args.out.write_text(json.dumps(run.rows, indent=1))
 
 
 class Run:
@@ -134,6 +135,8 @@ class Run:
             "top1": row.top1, "perplexity": row.perplexity,
         }  # fmt: skip
         self.rows.append(found)
+        if self.args.out:
+            self.args.out.write_text(json.dumps(self.rows, indent=1) + "\n")
         print(
             f"{label:34s} {bpw:7.4f} bpw  KL {row.divergence:.4f} ± {row.divergence_stderr:.4f}"
             f"  top-1 {100 * row.top1:.1f} %  ppl {row.perplexity:.2f}",
@@ -150,11 +153,9 @@ class Run:
         self.dynamic_quant()
         plain = self.tables.setdefault("none", self.table("none", probes=0))
         for target in (5.0, 5.5, 6.0):
-            with contextlib.suppress(Exception):
-                only = MeasureOptions(correction="none", candidate_bits="4,8", probes=0)
-                narrowed = restrict(plain, only)
-                allocation = allocate(narrowed, AllocateOptions(target_bpw=target, solver="greedy"))
-                self.score(f"greedy {{4,8}} @{target}", allocation.bit_map, "none")
+            only = MeasureOptions(correction="none", candidate_bits="4,8", probes=0)
+            allocation = allocate(restrict(plain, only), AllocateOptions(target_bpw=target, solver="greedy"))
+            self.score(f"greedy {{4,8}} @{target}", allocation.bit_map, "none")
 
     def from_predicate(self, build: Callable[[Any], Callable[[str, Any], Any]]) -> BitMap:
         model = self.open().model
@@ -191,13 +192,12 @@ class Run:
         self.score("dynamic_quant 4/5 @5.0", BitMap(choices=choices), "none")
 
     def ours(self, level: str) -> None:
-        source = "fast" if level == "full" else level
-        table = self.tables.get(source) or self.tables.setdefault(source, self.table(source))
+        table = self.tables.get(level) or self.tables.setdefault(level, self.table(level, probes=0))
         for target in self.budgets:
             allocation = allocate(table, AllocateOptions(target_bpw=target))
             self.score(f"ours {level} @{target}", allocation.bit_map, level, table)
         for label in ("3g64", "4g64", "5g64"):
-            if level != "none":
+            if level != "none" and self.args.uniform_corrected:
                 self.score(f"uniform {label} + {level}", self.uniform_map(Choice.parse(label)), level, table)
 
 
