@@ -3,8 +3,9 @@
     python benchmarks/curve.py MODEL [--dither DIR] [--budgets 3.5,4,4.5,5,5.5,6] [--out curve.json]
 
 Baselines are computed here from their public definitions: plain uniform affine, mlx-lm's ``mixed_4_6`` and
-``dynamic_quant`` 4/5, and a greedy ascent over {4, 8} bits as published (with our estimates for its probes). ``--dither`` re-randomises weights that
-came off a 4-bit grid (SmolLM2 from its GGUF) within their cells, so that no method can find the grid again.
+``dynamic_quant`` 4/5, and a greedy ascent over {4, 8} bits as published (our estimates in place of its
+probes). ``--dither`` re-randomises weights that came off a 4-bit grid (SmolLM2 from its GGUF) within their
+cells, so that no method can find the grid again. Everything is scored in float32.
 """
 
 import argparse

@@ -25,7 +25,7 @@ def block(name: str, rows: list[dict[str, float]]) -> str:
     lines = [
         f"**{MODELS[name]}**",
         "",
-        "| bits per weight | plain uniform | ours, plain rounding | ours, `fast` | ours, `full` | full / uniform |",
+        "| bits per weight | plain uniform | ours, `none` | ours, `fast` | ours, `full` | full / uniform |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for budget in BUDGETS:
