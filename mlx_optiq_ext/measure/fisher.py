@@ -71,14 +71,18 @@ def fisher_pass(tape: Tape, *, samples: int, seed: int) -> Iterator[BlockStatist
         for item, captures in enumerate(captured.items):
             for capture in captures:
                 by_path.setdefault(capture.call.path, []).append((item % num_windows, capture))
+        captured.items.clear()  # the statistics below keep squares of gradients; the gradients can go
         calls_left[captured.block] -= 1
         if calls_left[captured.block]:
             continue
         units = {}
-        for path, found in held.pop(captured.block).items():
+        by_path = held.pop(captured.block)
+        for path in list(by_path):
+            found = by_path.pop(path)
             _require_finite(path, found)
             weight_shape = get_module(tape.model, path).weight.shape
             units[path] = statistics_of(found, weight_shape, num_tokens, num_windows)
+            del found
         yield BlockStatistics(captured.block, units)
 
 

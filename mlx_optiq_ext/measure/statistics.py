@@ -54,7 +54,7 @@ class UnitStatistics(Protocol):
 
 
 class LinearStatistics:
-    """Statistics of an ordinary linear.
+    """Statistics of an ordinary linear; evaluates.
 
     Args:
         x: Inputs per item, each (n, I).
@@ -69,6 +69,7 @@ class LinearStatistics:
     ) -> None:
         self._x = [a.astype(mx.float32) for a in x]
         self._g2 = [mx.square(a.astype(mx.float32)) for a in g]
+        mx.eval(self._x, self._g2)
         self._windows = windows
         self._scale = 0.5 * num_windows / num_tokens
         self._num_windows = num_windows
@@ -123,6 +124,7 @@ class ExpertStatistics:
         self.by_gradient = by_gradient
         self._x = mx.concatenate(x).astype(mx.float32)
         self._g2 = mx.square(mx.concatenate(g).astype(mx.float32))
+        mx.eval(self._x, self._g2)
         owner = np.concatenate(experts)
         window = np.concatenate([np.full(len(e), w) for e, w in zip(experts, windows, strict=True)])
         self._rows = [np.flatnonzero(owner == e) for e in range(num_experts)]
