@@ -10,7 +10,7 @@ from mlx_optiq_ext.types.verify import VerifyReport
 __all__ = ["CheckpointMetadata", "MeasuredDivergence", "PublishedMetadata"]
 
 
-class MeasuredDivergence(msgspec.Struct, frozen=True, kw_only=True):
+class MeasuredDivergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """KL(reference ‖ checkpoint) on held-out text, nats per token."""
 
     divergence: float

@@ -36,7 +36,7 @@ _FLOAT_MODES: dict[str, tuple[int, int]] = {"mxfp4": (4, 32), "nvfp4": (4, 16), 
 _AFFINE_LABEL = re.compile(r"^(\d+)(?:(?:g|/)(\d+))?$")
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True, order=True):
+class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, order=True):
     """How one tensor is stored: ``bits`` per code, ``group_size`` weights per scale, ``mode``.
 
     ``mode="keep"`` leaves the tensor as it is in the source; then ``bits`` is 16 and ``group_size`` 0.
@@ -102,7 +102,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, order=True):
 KEEP = Choice(bits=16, group_size=0, mode="keep")
 
 
-class Unit(msgspec.Struct, frozen=True, kw_only=True):
+class Unit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One decision of the allocator: a tensor, or several that must be stored alike.
 
     ``paths`` are dotted module paths of mlx-lm's module tree; more than one where a runtime fuses the
@@ -132,7 +132,7 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
         return self.paths[0]
 
 
-class Probe(msgspec.Struct, frozen=True, kw_only=True):
+class Probe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Divergence caused by storing one unit as one choice, everything else exact."""
 
     path: str
@@ -147,7 +147,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """True: a forward pass was run; False: second-order estimate."""
 
 
-class CalibrationInfo(msgspec.Struct, frozen=True, kw_only=True):
+class CalibrationInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which text was used."""
 
     source: str
@@ -159,7 +159,7 @@ class CalibrationInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a reader should know: domains without enough text, records not rendered by the chat template."""
 
 
-class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):
+class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What identifies a set of weights, so that artefacts of different models are never mixed."""
 
     model_type: str
@@ -170,7 +170,7 @@ class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""
 
 
-class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
+class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All measurements of one model: enough to allocate for any budget without measuring again."""
 
     format_version: int = 1
@@ -197,7 +197,7 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
     """Per embedding and transposed head: how much an error in each column is felt (E[g_j²])."""
 
 
-class Pin(msgspec.Struct, frozen=True, kw_only=True):
+class Pin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A choice that was forced on a unit."""
 
     path: str
@@ -209,13 +209,13 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
     """Stored bits against what the allocator would have picked."""
 
 
-class BitMap(msgspec.Struct, frozen=True, kw_only=True):
+class BitMap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every quantizable module path and its choice; the plan that a checkpoint must match."""
 
     choices: dict[str, Choice]
 
 
-class Allocation(msgspec.Struct, frozen=True, kw_only=True):
+class Allocation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A bit map with its budget and its prediction."""
 
     format_version: int = 1

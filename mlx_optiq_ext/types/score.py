@@ -17,7 +17,7 @@ SCORE_FILE = "optiq/score.json"
 ScoreRole = Literal["reference", "candidate", "uniform"]
 
 
-class ScoreRow(msgspec.Struct, frozen=True, kw_only=True):
+class ScoreRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model on the held-out text."""
 
     label: str
@@ -46,7 +46,7 @@ class ScoreRow(msgspec.Struct, frozen=True, kw_only=True):
     """95 % interval of ``against_first``, paired over windows."""
 
 
-class ScoreReport(msgspec.Struct, frozen=True, kw_only=True):
+class ScoreReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A comparison as it is stored; the reference row comes first, then candidates, then uniform ones."""
 
     format_version: int = 1

@@ -5,7 +5,7 @@ import msgspec
 __all__ = ["VerifyReport"]
 
 
-class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
+class VerifyReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Plan, config.json, bytes on disk and a fresh stock mlx-lm, compared."""
 
     num_paths: int

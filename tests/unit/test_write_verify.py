@@ -86,7 +86,7 @@ def test_config_names_all_three_keys_and_only_quantized_paths(checkpoint: Path) 
     config = read_json(checkpoint / "config.json")
     settings = config["quantization"]
     assert config["quantization_config"] == settings
-    assert settings["group_size"], settings["bits"] and settings["mode"]
+    assert all(settings[key] for key in ("group_size", "bits", "mode"))
     planned = {path for path, choice in mixed_plan().choices.items() if choice != KEEP}
     assert {path for path, entry in settings.items() if isinstance(entry, dict)} == planned
     assert all(
