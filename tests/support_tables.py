@@ -147,10 +147,13 @@ def make_score() -> ScoreReport:
                 nbytes=int(bpw * 134_515_008 / 8),
                 divergence=divergence,
                 divergence_stderr=divergence * 0.04,
+                divergence_half_width=1.96 * divergence * 0.04,
                 top1=top1,
                 top1_stderr=0.006,
+                top1_half_width=1.96 * 0.006,
                 perplexity=perplexity,
                 perplexity_stderr=0.41,
+                perplexity_half_width=1.96 * 0.41,
                 by_domain={d: divergence * s for d, s in zip(DOMAINS, (0.8, 1.0, 1.4, 0.8), strict=True)},
                 against_first=divergence / 0.135 if role == "uniform" else None,
                 against_first_interval=(divergence / 0.144, divergence / 0.126)

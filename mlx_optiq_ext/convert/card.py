@@ -66,8 +66,6 @@ def _measured(metadata: CheckpointMetadata) -> tuple[tuple[str, str], ...]:
     measured = metadata.measured
     if measured is None:
         return ()
-    half = 1.96 * measured.stderr
-    text = (
-        f"{measured.divergence:.4g} ± {half:.2g} nats/token on {measured.held_out.num_tokens} held-out tokens"
-    )
+    value = f"{measured.divergence:.4g} ± {measured.half_width:.2g} nats/token"
+    text = f"{value} on {measured.held_out.num_tokens} held-out tokens"
     return (("measured KL", text),)

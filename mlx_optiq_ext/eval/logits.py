@@ -1,4 +1,4 @@
-"""Log probabilities of a model on windows of text, a few windows at a time.
+"""Logits of a model on windows of text, a few windows at a time.
 
 The reference's are kept for all comparisons: in memory while they are small, else in a temporary file, so
 memory does not grow with text × vocabulary.
@@ -15,18 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_optiq_ext.errors import FingerprintMismatch
-from mlx_optiq_ext.eval.distance import FloatRows, log_softmax_rows
 from mlx_optiq_ext.formats.atomic import check_disk_space
 
-__all__ = ["LogitCache", "window_log_probabilities"]
+__all__ = ["LogitCache", "window_logits"]
+
+FloatRows = npt.NDArray[np.float32]
 
 _BATCH_NBYTES = 128 << 20
 _IN_MEMORY_NBYTES = 512 << 20
 
 
-def window_log_probabilities(
+def window_logits(
     model: nn.Module, tokens: npt.NDArray[np.int32], vocab_size: int | None = None
-) -> Iterator[tuple[int, FloatRows]]:
+) -> Iterator[tuple[int, mx.array]]:
     """Run a model over windows.
 
     Args:
@@ -34,7 +35,7 @@ def window_log_probabilities(
         tokens: (W, T) int32.
         vocab_size: Refuse a model with another V; None takes what comes.
     Yields:
-        Index of a window and its (T, V) log probabilities in float32.
+        Index of a window and its (T, V) logits in float32.
     Raises:
         FingerprintMismatch: The vocabulary differs from ``vocab_size``.
     Cost: one forward; at most 128 MiB of logits at a time (or one window's).
@@ -51,16 +52,15 @@ def window_log_probabilities(
                 f"the model has {logits.shape[-1]} logits where the reference has {vocab_size}: "
                 "it is no quantization of this reference"
             )
-        rows = np.array(logits)
-        start, step = start + len(batch), max(1, _BATCH_NBYTES // rows[0].nbytes)
-        del logits
         for offset in range(len(batch)):
-            yield start - len(batch) + offset, log_softmax_rows(rows[offset])
+            yield start + offset, logits[offset]
+        start, step = start + len(batch), max(1, _BATCH_NBYTES * len(batch) // logits.nbytes)
+        del logits
         mx.clear_cache()
 
 
 class LogitCache:
-    """Log probabilities of all windows, (W, T, V) float32.
+    """Logits of all windows, (W, T, V) float32.
 
     Use as a context manager: a temporary file goes when it ends.
     """
@@ -83,21 +83,20 @@ class LogitCache:
         """V, once the first window is there."""
         return None if self._rows is None else int(self._rows.shape[-1])
 
-    def put(self, window: int, rows: FloatRows) -> None:
-        """Keep one window's log probabilities.
+    def put(self, window: int, rows: mx.array) -> None:
+        """Keep one window's logits.
 
         Raises:
             ResourceError: They need a file, and the disk has no room for it.
         """
         if self._rows is None:
             self._rows = self._allocate((self._num_windows, *rows.shape))
-        self._rows[window] = rows
+        self._rows[window] = np.array(rows, copy=None)
 
-    def get(self, window: int) -> FloatRows:
-        """One window's log probabilities; :meth:`put` came before."""
+    def get(self, window: int) -> mx.array:
+        """One window's logits; :meth:`put` came before."""
         assert self._rows is not None
-        rows: FloatRows = self._rows[window]
-        return rows
+        return mx.array(self._rows[window])
 
     def _allocate(self, shape: tuple[int, ...]) -> FloatRows:
         nbytes = 4 * int(np.prod(shape, dtype=np.int64))

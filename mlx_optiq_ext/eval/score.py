@@ -10,16 +10,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
-from mlx_optiq_ext.eval.distance import WindowNumbers, compare_window, mean_and_stderr, paired_ratio
-from mlx_optiq_ext.eval.logits import LogitCache, window_log_probabilities
+from mlx_optiq_ext.eval.logits import LogitCache, window_logits
 from mlx_optiq_ext.eval.prepare import load_uniform, make_exact, parameter_nbytes
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
+from mlx_optiq_ext.measure.divergence import kl_divergence, negative_log_likelihood, top1_agreement
+from mlx_optiq_ext.measure.intervals import by_domain, estimate_mean, paired_ratio
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
 from mlx_optiq_ext.models.walk import total_numel
 from mlx_optiq_ext.types.model import ModelRef
@@ -83,6 +86,14 @@ def parse_uniform(text: str) -> tuple[Choice, ...]:
 def model_name(ref: ModelRef) -> str:
     """What people call a model: its repository id, or the name of its folder."""
     return Path(ref.path).name if ref.is_local else ref.source
+
+
+class _WindowNumbers(msgspec.Struct, frozen=True, kw_only=True):
+    """One window of one model, means over its positions."""
+
+    divergence: float
+    top1: float
+    nll: float
 
 
 class HeldOutScorer:
@@ -176,8 +187,8 @@ class HeldOutScorer:
         make_exact(model, label)
         numbers = []
         tokens = self.windows.tokens
-        for window, rows in window_log_probabilities(model, tokens, self._cache.vocab_size):
-            numbers.append(compare_window(self._cache.get(window), rows, tokens[window]))
+        for window, rows in window_logits(model, tokens, self._cache.vocab_size):
+            numbers.append(_compare(self._cache.get(window), rows, tokens[window]))
             self._step(label)
         del model
         mx.clear_cache()
@@ -202,9 +213,9 @@ class HeldOutScorer:
         self._numel, nbytes = total_numel(model), parameter_nbytes(model)
         make_exact(model, self.reference.source)
         numbers = []
-        for window, rows in window_log_probabilities(model, self.windows.tokens):
+        for window, rows in window_logits(model, self.windows.tokens):
             self._cache.put(window, rows)
-            numbers.append(compare_window(rows, rows, self.windows.tokens[window]))
+            numbers.append(_compare(rows, rows, self.windows.tokens[window]))
             self._step("reference")
         del model
         mx.clear_cache()
@@ -215,28 +226,28 @@ class HeldOutScorer:
         total = max(self._total, self._done)
         self._progress(Progress(stage="score", done=self._done, total=total, detail=label))
 
-    def _row(self, numbers: Sequence[WindowNumbers], label: str, role: ScoreRole, nbytes: int) -> ScoreRow:
+    def _row(self, numbers: Sequence[_WindowNumbers], label: str, role: ScoreRole, nbytes: int) -> ScoreRow:
+        info, domains = self.windows.info, self.windows.domain_index
         divergences = [window.divergence for window in numbers]
-        divergence, divergence_stderr = mean_and_stderr(divergences)
-        top1, top1_stderr = mean_and_stderr([window.top1 for window in numbers])
-        nll, nll_stderr = mean_and_stderr([window.nll for window in numbers])
-        by_domain = {}
-        for index, domain in enumerate(self.windows.info.domains):
-            inside = np.flatnonzero(self.windows.domain_index == index)
-            if len(inside):
-                by_domain[domain] = float(np.mean([divergences[window] for window in inside]))
+        divergence = estimate_mean(divergences, domains)
+        top1 = estimate_mean([window.top1 for window in numbers], domains)
+        nll = estimate_mean([window.nll for window in numbers], domains)
+        means = by_domain(divergences, domains, len(info.domains))
         row = ScoreRow(
             label=label,
             role=role,
             bpw=8 * nbytes / self._numel,
             nbytes=nbytes,
-            divergence=divergence,
-            divergence_stderr=divergence_stderr,
-            top1=top1,
-            top1_stderr=top1_stderr,
-            perplexity=math.exp(nll),
-            perplexity_stderr=math.exp(nll) * nll_stderr,
-            by_domain=by_domain,
+            divergence=divergence.mean,
+            divergence_stderr=divergence.stderr,
+            divergence_half_width=divergence.half_width,
+            top1=top1.mean,
+            top1_stderr=top1.stderr,
+            top1_half_width=top1.half_width,
+            perplexity=math.exp(nll.mean),
+            perplexity_stderr=math.exp(nll.mean) * nll.stderr,
+            perplexity_half_width=math.exp(nll.mean) * nll.half_width,
+            by_domain={name: mean for name, mean in zip(info.domains, means, strict=True) if mean == mean},
         )
         return self._against_first(row, divergences)
 
@@ -247,7 +258,18 @@ class HeldOutScorer:
         if self._first is None:
             self._first = divergences if row.role == "candidate" else None
             return row
-        paired = paired_ratio(divergences, self._first)
-        if paired is None:
+        if not any(self._first):
             return row
-        return replace(row, against_first=paired.ratio, against_first_interval=(paired.low, paired.high))
+        paired = paired_ratio(divergences, self._first, self.windows.domain_index)
+        interval = (max(paired.low, 0.0), paired.high)
+        return replace(row, against_first=paired.mean, against_first_interval=interval)
+
+
+def _compare(reference: mx.array, logits: mx.array, tokens: npt.NDArray[np.int32]) -> _WindowNumbers:
+    """Compare one window's logits, (T, V), with the reference's."""
+    following = negative_log_likelihood(logits[None], mx.array(tokens)[None])
+    return _WindowNumbers(
+        divergence=float(np.asarray(kl_divergence(reference, logits)).mean(dtype=np.float64)),
+        top1=float(np.asarray(top1_agreement(reference, logits)).mean()),
+        nll=float(np.asarray(following).mean(dtype=np.float64)),
+    )

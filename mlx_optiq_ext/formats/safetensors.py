@@ -156,13 +156,6 @@ class SafetensorsWriter:
             raise ResourceError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._pending.clear()
 
-    def abort(self) -> None:
-        """Drop what was written."""
-        if self._file is not None:
-            self._file.close()
-        self._pending.clear()
-        self.path.unlink(missing_ok=True)
-
     def _append(self, view: memoryview) -> None:
         if self._file is None and self.nbytes <= _BUFFER_NBYTES:
             self._pending.append(bytes(view))

@@ -6,7 +6,7 @@ since MLX's elementwise kernels take about ten times as long there; on other dev
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mlx_optiq_ext.errors import MeasurementError
 
-__all__ = ["kl_divergence", "kl_loss", "negative_log_likelihood", "perplexity", "top1_agreement"]
+__all__ = ["kl_divergence", "kl_loss", "negative_log_likelihood", "top1_agreement"]
 
 _Floats: TypeAlias = NDArray[np.float32]
 
@@ -108,11 +108,6 @@ def negative_log_likelihood(logits: mx.array, tokens: mx.array) -> mx.array:
         mx.eval(nll)
         rows.append(nll)
     return mx.stack(rows)
-
-
-def perplexity(nll: mx.array | NDArray[np.floating[Any]]) -> float:
-    """exp of the mean negative log-likelihood per token."""
-    return math.exp(float(np.asarray(nll, dtype=np.float64).mean()))
 
 
 def _check_shapes(reference: mx.array, logits: mx.array) -> None:

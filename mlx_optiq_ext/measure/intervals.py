@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mlx_optiq_ext.errors import MeasurementError
 
-__all__ = ["Estimate", "by_domain", "estimate_mean", "paired_difference", "paired_ratio", "spearman"]
+__all__ = ["Estimate", "by_domain", "estimate_mean", "paired_ratio", "spearman"]
 
 _Floats = NDArray[np.float64]
 _Z95 = 1.959963984540054
@@ -29,6 +29,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     num_windows: int
     low: float
     high: float
+    half_width: float
+    """Of the interval: Student's t times ``stderr``."""
 
 
 def estimate_mean(values: ArrayLike, domain_index: ArrayLike | None = None) -> Estimate:
@@ -45,11 +47,7 @@ def estimate_mean(values: ArrayLike, domain_index: ArrayLike | None = None) -> E
     """
     windows = _window_means(values)
     count = len(windows)
-    if domain_index is None:
-        groups = [windows]
-    else:
-        domains = _domains(domain_index, count)
-        groups = [windows[domains == domain] for domain in np.unique(domains)]
+    groups = [windows[group] for group in _groups(count, domain_index)]
     mean = float(np.mean([group.mean() for group in groups]))
     if min(len(group) for group in groups) >= 2:
         variance = sum(float(group.var(ddof=1)) / len(group) for group in groups) / len(groups) ** 2
@@ -74,35 +72,34 @@ def by_domain(values: ArrayLike, domain_index: ArrayLike, num_domains: int) -> t
     return tuple(float(group.mean()) if group.size else math.nan for group in groups)
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike, domain_index: ArrayLike | None = None) -> Estimate:
-    """Mean of ``first − second`` scored on the same windows; negative: the first is smaller.
-
-    Pairing removes what both share (some windows are harder for every model), which makes the interval far
-    narrower than that of two separate means.
-
-    Raises:
-        MeasurementError: The two do not have the same windows.
-    """
-    a, b = _pair(first, second)
-    return estimate_mean(a - b, domain_index)
-
-
-def paired_ratio(first: ArrayLike, second: ArrayLike) -> Estimate:
+def paired_ratio(first: ArrayLike, second: ArrayLike, domain_index: ArrayLike | None = None) -> Estimate:
     """Ratio of the means of two quantities scored on the same windows, by the jackknife over windows.
 
+    Pairing removes what both share (some windows are harder for every model), which makes the interval far
+    narrower than those of two separate means suggest.
+
+    Args:
+        first: Shape (W, T) or (W,).
+        second: The same shape.
+        domain_index: As in :func:`estimate_mean`.
     Raises:
         MeasurementError: The two do not have the same windows, or the second has mean zero.
     """
-    a, b = _pair(first, second)
-    count = len(a)
+    a, b = _window_means(first), _window_means(second)
+    if a.shape != b.shape:
+        raise MeasurementError(
+            f"paired values of {len(a)} and {len(b)} windows; score both on the same windows"
+        )
     if b.sum() == 0:
         raise MeasurementError("the ratio of two means is undefined: the second is zero in every window")
-    ratio = float(a.sum() / b.sum())
-    if count == 1:
-        return _estimate(ratio, 0.0, 1, 0)
-    left_out = (a.sum() - a) / (b.sum() - b)
-    variance = (count - 1) / count * float(((left_out - left_out.mean()) ** 2).sum())
-    return _estimate(ratio, math.sqrt(variance), count, count - 1)
+    groups = _groups(len(a), domain_index)
+    # Every domain weighs alike, so windows weigh by how few their domain has.
+    weights = np.concatenate([np.full(len(group), 1 / len(group)) for group in groups])
+    order = np.concatenate(groups)
+    ratio = float((weights * a[order]).sum() / (weights * b[order]).sum())
+    strata = groups if min(map(len, groups)) >= 2 else [order]
+    variance = sum(_jackknife_variance(a, b, groups, stratum) for stratum in strata)
+    return _estimate(ratio, math.sqrt(variance), len(a), len(a) - len(strata))
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
@@ -152,18 +149,33 @@ def _domains(domain_index: ArrayLike, count: int) -> NDArray[Any]:
     return domains
 
 
-def _pair(first: ArrayLike, second: ArrayLike) -> tuple[_Floats, _Floats]:
-    a, b = _window_means(first), _window_means(second)
-    if a.shape != b.shape:
-        raise MeasurementError(
-            f"paired values of {len(a)} and {len(b)} windows; score both on the same windows"
-        )
-    return a, b
+def _groups(count: int, domain_index: ArrayLike | None) -> list[NDArray[np.intp]]:
+    """Windows of every domain; all in one where no domains are given."""
+    if domain_index is None:
+        return [np.arange(count)]
+    domains = _domains(domain_index, count)
+    return [np.flatnonzero(domains == domain) for domain in np.unique(domains)]
+
+
+def _jackknife_variance(
+    a: _Floats, b: _Floats, groups: list[NDArray[np.intp]], stratum: NDArray[np.intp]
+) -> float:
+    """Variance of the ratio of means that comes from the windows of ``stratum``."""
+    left_out = []
+    for window in stratum:
+        kept = [group[group != window] for group in groups]
+        above, below = (sum(x[group].mean() for group in kept if group.size) for x in (a, b))
+        left_out.append(above / below if below else math.nan)
+    values = np.asarray(left_out)
+    count = len(values)
+    return (count - 1) / count * float(((values - values.mean()) ** 2).sum())
 
 
 def _estimate(mean: float, stderr: float, count: int, freedom: int) -> Estimate:
-    reach = _t95(freedom) * stderr
-    return Estimate(mean=mean, stderr=stderr, num_windows=count, low=mean - reach, high=mean + reach)
+    half = _t95(freedom) * stderr
+    return Estimate(
+        mean=mean, stderr=stderr, num_windows=count, low=mean - half, high=mean + half, half_width=half
+    )
 
 
 def _t95(freedom: int) -> float:

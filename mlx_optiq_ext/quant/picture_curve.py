@@ -13,7 +13,6 @@ __all__ = ["curve_scene"]
 
 _WIDTH, _HEIGHT = 960.0, 400.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 16.0, 10.0, 46.0
-_HALF_INTERVAL = 1.96
 _LABEL = 12.0
 
 Box = tuple[float, float, float, float]
@@ -110,7 +109,7 @@ class _Plot:
         shapes: list[Shape] = []
         for point in points:
             x, y = self.place(point.bpw, point.divergence)
-            half = _HALF_INTERVAL * point.stderr
+            half = point.half_width
             low, high = (self.place(point.bpw, point.divergence + sign * half)[1] for sign in (-1, 1))
             if half > 0 and point.divergence > half and low - high > 20:
                 shapes.append(Line(x1=x, y1=low, x2=x, y2=high, ink=ink, width=1.5))

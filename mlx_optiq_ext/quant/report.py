@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 INTERVAL = 1.96
-"""Standard errors on each side of a 95 % interval."""
+"""Standard errors on each side of a predicted 95 % interval; measured ones carry their own half width."""
 
 
 def build_report(
@@ -146,7 +146,8 @@ def _facts(table: SensitivityTable | None, allocation: Allocation | None) -> tup
             ),
             (
                 "predicted KL",
-                f"{_plus_minus(allocation.predicted_divergence, allocation.predicted_stderr)} nats/token",
+                _plus_minus(allocation.predicted_divergence, INTERVAL * allocation.predicted_stderr)
+                + " nats/token",
             ),
         ]
     if table is not None:
@@ -183,7 +184,7 @@ def _curve(
             label="chosen",
             bpw=allocation.achieved_bpw,
             divergence=allocation.predicted_divergence,
-            stderr=allocation.predicted_stderr,
+            half_width=INTERVAL * allocation.predicted_stderr,
         )
         uniform = tuple(CurvePoint(label=n, bpw=b, divergence=d) for n, b, d in allocation.uniform if d > 0)
     rows = score.rows if score else ()
@@ -199,14 +200,16 @@ def _curve(
 
 def _point(row: ScoreRow) -> CurvePoint:
     label = row.label.removeprefix("uniform ")
-    return CurvePoint(label=label, bpw=row.bpw, divergence=row.divergence, stderr=row.divergence_stderr)
+    return CurvePoint(
+        label=label, bpw=row.bpw, divergence=row.divergence, half_width=row.divergence_half_width
+    )
 
 
 def _score_cells(row: ScoreRow, is_first: bool) -> tuple[str, ...]:
     bpw, nbytes, perplexity = (
         f"{row.bpw:.3f}",
         size_text(row.nbytes),
-        _plus_minus(row.perplexity, row.perplexity_stderr),
+        _plus_minus(row.perplexity, row.perplexity_half_width),
     )
     if row.role == "reference":
         return row.label, bpw, nbytes, "0", "", "100 %", perplexity
@@ -215,13 +218,20 @@ def _score_cells(row: ScoreRow, is_first: bool) -> tuple[str, ...]:
         ratio = f"{row.against_first:.2f}"
         if row.against_first_interval is not None:
             ratio += " ({:.2f}–{:.2f})".format(*row.against_first_interval)
-    top1 = _plus_minus(100 * row.top1, 100 * row.top1_stderr) + " %"
-    return row.label, bpw, nbytes, _plus_minus(row.divergence, row.divergence_stderr), ratio, top1, perplexity
+    top1 = _plus_minus(100 * row.top1, 100 * row.top1_half_width) + " %"
+    return (
+        row.label,
+        bpw,
+        nbytes,
+        _plus_minus(row.divergence, row.divergence_half_width),
+        ratio,
+        top1,
+        perplexity,
+    )
 
 
-def _plus_minus(value: float, stderr: float) -> str:
+def _plus_minus(value: float, half: float) -> str:
     """Value and half width of its 95 % interval, with as many digits as the interval has meaning."""
-    half = INTERVAL * stderr
     if not half > 0:
         return _number(value)
     digits = max(0, 1 - _exponent(half))

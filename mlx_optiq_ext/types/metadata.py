@@ -15,6 +15,8 @@ class MeasuredDivergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
     divergence: float
     stderr: float
+    half_width: float = 0.0
+    """Half of the 95 % interval (Student's t over windows)."""
     held_out: CalibrationInfo
 
 

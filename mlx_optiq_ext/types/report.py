@@ -63,7 +63,8 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     label: str = ""
     bpw: float
     divergence: float
-    stderr: float = 0.0
+    half_width: float = 0.0
+    """Half of the 95 % interval of ``divergence``."""
 
 
 class Curve(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,15 +29,19 @@ class ScoreRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     nbytes: int
     """Stored bytes of all weights."""
     divergence: float
-    """KL(reference ‖ this), nats per token, mean over tokens; 0 for the reference."""
+    """KL(reference ‖ this), nats per token, mean over domains; 0 for the reference."""
     divergence_stderr: float = 0.0
-    """Standard error of ``divergence`` over windows."""
+    """Standard error of ``divergence``, from the spread of windows within their domain."""
+    divergence_half_width: float = 0.0
+    """Half of the 95 % interval of ``divergence`` (Student's t)."""
     top1: float
     """Share of positions whose most likely token is the reference's, 0 to 1."""
     top1_stderr: float = 0.0
+    top1_half_width: float = 0.0
     perplexity: float
     """exp of the mean negative log likelihood of the text, per token."""
     perplexity_stderr: float = 0.0
+    perplexity_half_width: float = 0.0
     by_domain: dict[str, float] = {}
     """``divergence`` per domain of the text."""
     against_first: float | None = None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mlx_optiq_ext.measure.divergence import kl_divergence, kl_loss
-from mlx_optiq_ext.measure.intervals import estimate_mean, paired_difference, spearman
+from mlx_optiq_ext.measure.intervals import paired_ratio, spearman
 
 finite = st.floats(-50, 50, width=32)
 integers = st.lists(st.integers(-5, 5), min_size=3, max_size=30)
@@ -49,11 +49,16 @@ def test_rank_correlation_is_symmetric_bounded_and_blind_to_monotone_maps(values
 
 
 @given(
-    arrays(np.float64, (7, 3), elements=st.floats(0, 10)),
-    arrays(np.float64, (7, 3), elements=st.floats(0, 10)),
+    arrays(np.float64, (8, 3), elements=st.floats(0.1, 10)),
+    arrays(np.float64, (8, 3), elements=st.floats(0.1, 10)),
+    st.sampled_from([None, [0] * 8, [0, 0, 0, 1, 1, 1, 1, 1]]),
+    st.floats(0.01, 100),
 )
-def test_paired_difference_is_the_difference_of_means_and_antisymmetric(first, second):
-    difference = paired_difference(first, second)
-    assert difference.mean == pytest.approx(estimate_mean(first).mean - estimate_mean(second).mean, abs=1e-12)
-    assert difference.mean == pytest.approx(-paired_difference(second, first).mean, abs=1e-12)
-    assert difference.low <= difference.mean <= difference.high
+def test_paired_ratio_scales_with_its_first_and_is_one_of_equals(first, second, domains, factor):
+    ratio = paired_ratio(first, second, domains)
+    scaled = paired_ratio(factor * first, second, domains)
+    assert scaled.mean == pytest.approx(factor * ratio.mean)
+    assert scaled.half_width == pytest.approx(factor * ratio.half_width, rel=1e-6, abs=1e-9)
+    assert ratio.low <= ratio.mean <= ratio.high
+    same = paired_ratio(first, first, domains)
+    assert (same.mean, same.half_width) == (pytest.approx(1.0), pytest.approx(0.0, abs=1e-9))

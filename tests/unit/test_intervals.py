@@ -9,7 +9,6 @@ from mlx_optiq_ext.errors import MeasurementError
 from mlx_optiq_ext.measure.intervals import (
     by_domain,
     estimate_mean,
-    paired_difference,
     paired_ratio,
     spearman,
 )
@@ -51,12 +50,34 @@ def test_by_domain_keeps_the_order_and_marks_the_missing():
 def test_pairing_sees_a_small_difference_between_unequal_windows():
     rng = np.random.default_rng(0)
     difficulty = rng.exponential(1.0, 24)
-    first = difficulty + 0.01 + rng.normal(0, 0.002, 24)
-    difference = paired_difference(first, difficulty)
-    assert difference.mean == pytest.approx(0.01, abs=0.002)
-    assert difference.low > 0.0
-    assert difference.high - difference.low < 0.01
+    first = 1.02 * difficulty * np.exp(rng.normal(0, 0.01, 24))
+    ratio = paired_ratio(first, difficulty)
+    assert ratio.mean == pytest.approx(1.02, abs=0.01)
+    assert 1.0 < ratio.low < ratio.high < 1.04
     assert estimate_mean(first).low < estimate_mean(difficulty).mean
+
+
+def test_ratio_weighs_domains_alike_and_leaves_their_difference_out_of_the_error():
+    second = np.array([1.0, 1.0, 1.0, 1.0, 10.0, 10.0])
+    first = np.array([0.9, 1.1, 0.9, 1.1, 4.9, 5.1])
+    domains = [0, 0, 0, 0, 1, 1]
+    ratio = paired_ratio(first, second, domains)
+    assert ratio.mean == pytest.approx((1.0 + 5.0) / (1.0 + 10.0))
+    assert paired_ratio(first, second).stderr > 2 * ratio.stderr
+    assert ratio.half_width == pytest.approx(2.776445 * ratio.stderr)  # six windows, two domains
+
+
+def test_ratio_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(3)
+    domains = np.repeat(np.arange(4), 4)
+    level = np.array([0.5, 1.0, 2.0, 1.0])[domains]
+    covered = []
+    for _ in range(1000):
+        difficulty = level * np.exp(0.4 * rng.standard_normal(16))
+        base, other = (difficulty * np.exp(0.1 * rng.standard_normal(16)) for _ in range(2))
+        ratio = paired_ratio(0.5 * other, base, domains)
+        covered.append(ratio.low <= 0.5 <= ratio.high)
+    assert 0.93 < np.mean(covered) < 0.97  # three binomial standard errors
 
 
 def test_ratio_of_proportional_values_is_exact():
@@ -79,7 +100,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
         (lambda: estimate_mean([]), "nothing to average"),
         (lambda: estimate_mean([[1.0], [math.nan]]), "window 1"),
         (lambda: estimate_mean([1.0, 2.0], [0]), "there are 2 windows"),
-        (lambda: paired_difference([1.0], [1.0, 2.0]), "same windows"),
+        (lambda: paired_ratio([1.0], [1.0, 2.0]), "same windows"),
         (lambda: paired_ratio([1.0], [0.0]), "undefined"),
         (lambda: spearman([1.0], [1.0, 2.0]), "1 with 2"),
         (lambda: spearman([1.0, math.inf], [1.0, 2.0]), "not finite"),

@@ -82,7 +82,9 @@ def test_facts_come_from_the_conversion(tmp_path) -> None:
         reference="resident",
         calibration=table.calibration,
         allocation=make_allocation(table),
-        measured=MeasuredDivergence(divergence=0.135, stderr=0.005, held_out=score.held_out),
+        measured=MeasuredDivergence(
+            divergence=0.135, stderr=0.005, half_width=0.0098, held_out=score.held_out
+        ),
         command="optiq convert example/base-135m --target-bpw 5.0 -o out",
     )
     ref = ModelRef(path=str(tmp_path), source="example/base-135m", revision="abcdef", is_local=False)

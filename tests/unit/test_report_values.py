@@ -51,7 +51,7 @@ def test_comparison_shows_intervals_and_marks_this_model() -> None:
 def test_comparison_without_candidates_or_errors_still_has_rows() -> None:
     score = make_score()
     rows = tuple(
-        replace(row, divergence_stderr=0.0, against_first=None, by_domain={})
+        replace(row, divergence_half_width=0.0, against_first=None, by_domain={})
         for row in score.rows
         if row.role != "candidate"
     )

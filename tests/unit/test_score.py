@@ -14,7 +14,7 @@ from support_models import LLAMA, QWEN3_MOE, quantize_by, save_model_folder, tin
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
 from mlx_optiq_ext.eval import logits as logits_module
-from mlx_optiq_ext.eval.logits import LogitCache, window_log_probabilities
+from mlx_optiq_ext.eval.logits import LogitCache, window_logits
 from mlx_optiq_ext.eval.prepare import load_uniform, make_exact, parameter_nbytes, unpack_weights
 from mlx_optiq_ext.eval.score import HeldOutScorer, parse_uniform, score
 from mlx_optiq_ext.formats.safetensors import read_folder
@@ -87,6 +87,10 @@ def test_more_bits_diverge_less_and_a_copy_does_not_at_all(folders: dict[str, Pa
     assert all(wide < 0.6 * narrow for narrow, wide in itertools.pairwise(divergences[2:8]))
     assert [row.top1 for row in report.rows[:2]] == [1.0, 1.0]
     assert all(row.divergence_stderr > 0 for row in report.rows[2:8])
+    # 8 windows of 2 domains leave 6 degrees of freedom.
+    for row in report.rows[2:8]:
+        assert row.divergence_half_width == pytest.approx(2.446912 * row.divergence_stderr)
+        assert row.top1_half_width == pytest.approx(2.446912 * row.top1_stderr)
     assert {tuple(row.by_domain) for row in report.rows} == {DOMAINS}
     for row in report.rows:
         assert np.mean(list(row.by_domain.values())) == pytest.approx(row.divergence, rel=1e-6)
@@ -149,13 +153,13 @@ def test_batches_of_windows_give_what_single_windows_give(
 ) -> None:
     model = make_exact(stock_load(folders["dense"])[0], "model")
     tokens = np.random.default_rng(1).integers(0, 256, (7, 16)).astype(np.int32)
-    together = dict(window_log_probabilities(model, tokens))
+    together = dict(window_logits(model, tokens))
     monkeypatch.setattr(logits_module, "_BATCH_NBYTES", 1)
-    alone = dict(window_log_probabilities(model, tokens))
+    alone = dict(window_logits(model, tokens))
     assert together.keys() == alone.keys() == set(range(7))
     for window, rows in together.items():
-        assert np.allclose(rows, alone[window], atol=1e-5)
-        assert np.allclose(np.exp(rows).sum(-1), 1, atol=1e-5)
+        assert rows.shape == (16, 320)
+        assert np.allclose(np.array(rows), np.array(alone[window]), atol=1e-5)
 
 
 def test_large_reference_goes_to_a_file_that_is_removed(
@@ -167,10 +171,10 @@ def test_large_reference_goes_to_a_file_that_is_removed(
     with LogitCache(3) as cache:
         assert cache.vocab_size is None
         for window in range(3):
-            cache.put(window, rows[window])
+            cache.put(window, mx.array(rows[window]))
         assert len(list(tmp_path.glob("optiq-score-*/*"))) == 1
         assert cache.vocab_size == 11
-        assert all(np.array_equal(cache.get(window), rows[window]) for window in range(3))
+        assert all(np.array_equal(np.array(cache.get(window)), rows[window]) for window in range(3))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -149,7 +149,7 @@ def _legend(curve: Curve, style: Style) -> list[str]:
         entries.append((paint(" ○", style, ink=_UNIFORM, bold=True), "uniform, predicted"))
     if curve.measured:
         first = curve.measured[0]
-        text = f"measured, held-out ({first.bpw:.3f}: {first.divergence:.3g} ± {1.96 * first.stderr:.1g})"
+        text = f"measured, held-out ({first.bpw:.3f}: {first.divergence:.3g} ± {first.half_width:.1g})"
         entries.append((paint(" ◆", style, ink=_MEASURED, bold=True), text))
     if curve.measured_uniform:
         entries.append((paint(" ◇", style, ink=_UNIFORM, bold=True), "uniform, measured"))
