@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_optiq_ext.measure.moments import Moments, input_moments
+from mlx_optiq_ext.measure.moments import ExpertGrams, Moments, input_moments
 from mlx_optiq_ext.models.arrays import named_arrays, split_arrays
 from mlx_optiq_ext.models.intercept import intercepted
 from mlx_optiq_ext.models.tape import Tape
@@ -30,7 +30,7 @@ _HEAD_TOKENS = 8192
 _GROUP_TOKENS = 1024
 """Tokens that a block sees at a time while the inputs of its tensors are noted."""
 _CHUNK_WEIGHTS = 1 << 25
-"""Weights that are rounded at a time; rows are independent of each other."""
+"""Weights that are rounded at a time, and numbers in the Grams for them; rows are independent."""
 
 
 class Rewriter:
@@ -136,9 +136,10 @@ class Rewriter:
         for path in [p for p in self._choices if p.startswith(prefix) and p not in self._written]:
             module = get_module(self._reference.model, path)
             moments = None
-            if path in by_path and self._choices[path].mode == "affine":
-                moments = input_moments(by_path[path], module.weight.shape, want_gram=self._level == "full")
-                moments = moments or self._known_moments(path)
+            if path in by_path and self._choices[path].mode != "keep":
+                moments = input_moments(
+                    by_path[path], module.weight.shape, want_gram=self._wants_gram(path)
+                ) or self._known_moments(path)
             self._quantize(path, moments)
         self._rest(block, prefix)
 
@@ -148,13 +149,17 @@ class Rewriter:
             path = tape.paths[id(module)]
             moments: Moments | None = None
             own = [call for call in head_calls if call.path == path]
-            if own and self._choices[path].mode == "affine":
+            if own and self._choices[path].mode != "keep":
                 flat = own[0].x.reshape(-1, own[0].x.shape[-1])[:_HEAD_TOKENS]
                 moments = input_moments(
-                    [own[0]._replace(x=flat)], module.weight.shape, want_gram=self._level == "full"
+                    [own[0]._replace(x=flat)], module.weight.shape, want_gram=self._wants_gram(path)
                 )
             self._quantize(path, moments or self._known_moments(path))
             self._drop(path)
+
+    def _wants_gram(self, path: str) -> bool:
+        """Only affine choices can be corrected fully; the float modes take the importance."""
+        return self._level == "full" and self._choices[path].mode == "affine"
 
     def _known_moments(self, path: str) -> Moments | None:
         """What the measurement noted for tensors whose last axis no input runs along."""
@@ -184,8 +189,7 @@ class Rewriter:
         level: Level = self._level
         if moments is None and level != "none":
             level = "none"
-            if choice.mode == "affine":
-                self.fallbacks.append(path)
+            self.fallbacks.append(path)
         elif level == "full" and moments is not None and moments.gram is None:
             level = "fast"
         packed = _pack_rows(module.weight, choice, level, self._dtype, moments)
@@ -239,23 +243,15 @@ def _pack_rows(
     weight: mx.array, choice: Choice, level: Level, dtype: mx.Dtype, moments: Moments | None
 ) -> Packed:
     """Quantize a tensor, a large one in chunks of rows (experts)."""
-    importance, gram = moments if moments is not None else (None, None)
     step = max(1, _CHUNK_WEIGHTS * weight.shape[0] // weight.size)
+    if moments is not None and isinstance(moments.gram, ExpertGrams):
+        step = min(step, max(1, _CHUNK_WEIGHTS // weight.shape[-1] ** 2))
     parts = []
     for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        parts.append(
-            pack(
-                weight[rows],
-                choice,
-                level=level,
-                float_dtype=dtype,
-                importance=importance[rows]
-                if importance is not None and importance.ndim == 2
-                else importance,
-                gram=gram[rows] if gram is not None and gram.ndim == 3 else gram,
-            )
-        )
+        stop = min(start + step, weight.shape[0])
+        importance, gram = moments.of_rows(start, stop) if moments is not None else (None, None)
+        rows = weight[start:stop]
+        parts.append(pack(rows, choice, level=level, float_dtype=dtype, importance=importance, gram=gram))
         mx.eval(parts[-1].weight, parts[-1].scales, parts[-1].biases)
     if len(parts) == 1:
         return parts[0]

@@ -4,11 +4,14 @@ The head's error acts on the logits with nothing behind it but a soft cap, so no
 effect is added to the recorded head output and the divergence is taken exactly, on a sample of positions.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlx_optiq_ext.measure.divergence import kl_divergence
+from mlx_optiq_ext.measure.moments import windows_of
 from mlx_optiq_ext.models.tape import Tape
 
 __all__ = ["HeadStatistics"]
@@ -54,9 +57,14 @@ class HeadStatistics:
         """E[h_j²] (D,)."""
         return mx.mean(mx.square(mx.concatenate(self._inputs)), axis=0)
 
-    def gram(self) -> mx.array:
-        """E[h hᵀ] (D, D)."""
-        h = mx.concatenate(self._inputs)
+    def gram(
+        self,
+        experts: Sequence[int] | None = None,  # noqa: ARG002
+        *,
+        half: int | None = None,
+    ) -> mx.array:
+        """E[h hᵀ] (D, D); see :meth:`~mlx_optiq_ext.measure.statistics.UnitStatistics.gram`."""
+        h = mx.concatenate([self._inputs[w] for w in windows_of(len(self._inputs), half)])
         return (h.T @ h) / h.shape[0]
 
     def logit_change(self, error: mx.array) -> list[mx.array]:

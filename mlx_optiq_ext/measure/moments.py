@@ -12,11 +12,45 @@ import numpy.typing as npt
 
 from mlx_optiq_ext.models.taps import Call
 
-__all__ = ["PRIOR_HITS", "Moments", "expert_grams", "expert_importance", "input_moments", "routed_inputs"]
+__all__ = [
+    "PRIOR_HITS",
+    "ExpertGrams",
+    "Moments",
+    "expert_importance",
+    "input_moments",
+    "routed_inputs",
+    "windows_of",
+]
 
 PRIOR_HITS = 4.0
 """Pseudo-observations that pull a rarely used expert towards the mean of its layer."""
 Rows = Sequence[npt.NDArray[np.int64]]
+
+
+class ExpertGrams:
+    """E[x xᵀ] of experts, pulled as in :func:`expert_importance`; each is built when it is asked for.
+
+    All at once they are E·I² floats, gigabytes for large models.
+
+    Args:
+        x: Routed inputs (n, I), float32.
+        rows: Row numbers of each expert.
+    """
+
+    def __init__(self, x: mx.array, rows: Rows) -> None:
+        self._x = x
+        self._rows = rows
+        self._mean = (x.T @ x) / max(x.shape[0], 1)
+
+    def of(self, experts: Sequence[int]) -> mx.array:
+        """Grams of some experts, (len(experts), I, I); lazy."""
+        return mx.stack([self._gram(self._rows[e]) for e in experts])
+
+    def _gram(self, rows: npt.NDArray[np.int64]) -> mx.array:
+        if not len(rows):
+            return self._mean
+        routed = self._x[mx.array(rows)]
+        return (routed.T @ routed + PRIOR_HITS * self._mean) / (len(rows) + PRIOR_HITS)
 
 
 class Moments(NamedTuple):
@@ -24,12 +58,18 @@ class Moments(NamedTuple):
 
     importance: mx.array
     """(I,), or (E, I) for experts."""
-    gram: mx.array | None
-    """(I, I), or (E, I, I)."""
+    gram: mx.array | ExpertGrams | None
+    """(I, I), or those of experts."""
+
+    def of_rows(self, start: int, stop: int) -> tuple[mx.array, mx.array | None]:
+        """Importance and Gram that belong to some rows (experts) of the tensor."""
+        importance = self.importance[start:stop] if self.importance.ndim == 2 else self.importance
+        gram = self.gram.of(range(start, stop)) if isinstance(self.gram, ExpertGrams) else self.gram
+        return importance, gram
 
 
 def input_moments(calls: Sequence[Call], weight_shape: tuple[int, ...], *, want_gram: bool) -> Moments | None:
-    """Moments of one tensor's inputs over all its calls; evaluated.
+    """Moments of one tensor's inputs over all its calls; evaluated but for the experts' Grams.
 
     Returns:
         None where the last axis of the weight is not an input axis (MLA heads used as x @ W), or the
@@ -47,8 +87,8 @@ def input_moments(calls: Sequence[Call], weight_shape: tuple[int, ...], *, want_
         x = mx.concatenate([rows for rows, _ in inputs]).astype(mx.float32)
         owner = np.concatenate([experts for _, experts in inputs])
         rows = [np.flatnonzero(owner == e) for e in range(weight_shape[0])]
-        moments = Moments(expert_importance(x, rows), expert_grams(x, rows) if want_gram else None)
-    mx.eval([m for m in moments if m is not None])
+        moments = Moments(expert_importance(x, rows), ExpertGrams(x, rows) if want_gram else None)
+    mx.eval([m for m in moments if isinstance(m, mx.array)])
     return moments
 
 
@@ -83,17 +123,15 @@ def expert_importance(x: mx.array, rows: Rows) -> mx.array:
     )
 
 
-def expert_grams(x: mx.array, rows: Rows) -> mx.array:
-    """E[x xᵀ] per expert (E, I, I), pulled as in :func:`expert_importance`; lazy."""
-    mean = (x.T @ x) / x.shape[0]
-    grams = []
-    for own in rows:
-        if not len(own):
-            grams.append(mean)
-            continue
-        routed = x[mx.array(own)]
-        grams.append((routed.T @ routed + PRIOR_HITS * mean) / (len(own) + PRIOR_HITS))
-    return mx.stack(grams)
+def windows_of(num_windows: int, half: int | None) -> range:
+    """All windows, or their first (0) or second (1) half; a single window is both halves.
+
+    Windows of the domains take turns, so that every domain is in both halves.
+    """
+    if half is None or num_windows < 2:
+        return range(num_windows)
+    middle = (num_windows + 1) // 2
+    return range(middle) if half == 0 else range(middle, num_windows)
 
 
 def routed_inputs(call: Call) -> tuple[mx.array, npt.NDArray[np.int64]]:

@@ -7,13 +7,20 @@ Source: diagonal Fisher of the sampled (true) distribution, as in Martens, "New 
 the natural gradient method" (2020), §§ 5, 9; quadratic form of the KL divergence, ibid. eq. 6.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_optiq_ext.measure.moments import PRIOR_HITS, expert_grams, expert_importance, routed_inputs
+from mlx_optiq_ext.measure.moments import (
+    PRIOR_HITS,
+    ExpertGrams,
+    expert_importance,
+    routed_inputs,
+    windows_of,
+)
 from mlx_optiq_ext.models.taps import Capture
 
 __all__ = [
@@ -37,8 +44,15 @@ class UnitStatistics(Protocol):
         """E[x_j²] per input column: (I,), or (E, I) for experts; float32."""
         ...
 
-    def gram(self) -> mx.array:
-        """E[x xᵀ]: (I, I), or (E, I, I) for experts; float32."""
+    def gram(self, experts: Sequence[int] | None = None, *, half: int | None = None) -> mx.array | None:
+        """E[x xᵀ]: (I, I), or (E, I, I) for experts; float32.
+
+        Args:
+            experts: Which experts; None is all, E·I² floats.
+            half: From one half of the windows (:func:`~mlx_optiq_ext.measure.moments.windows_of`).
+        Returns:
+            None where no input runs along the last axis, so that the writer has no Gram either.
+        """
         ...
 
     def divergence(self, start: int, errors: list[mx.array]) -> Floats:
@@ -80,9 +94,15 @@ class LinearStatistics:
         rows = sum(a.shape[0] for a in self._x)
         return mx.stack([mx.sum(mx.square(a), axis=0) for a in self._x]).sum(axis=0) / rows
 
-    def gram(self) -> mx.array:
+    def gram(
+        self,
+        experts: Sequence[int] | None = None,  # noqa: ARG002
+        *,
+        half: int | None = None,
+    ) -> mx.array:
         """E[x xᵀ] (I, I)."""
-        x = mx.concatenate(self._x)
+        kept = windows_of(self._num_windows, half)
+        x = mx.concatenate([a for a, w in zip(self._x, self._windows, strict=True) if w in kept] or self._x)
         return (x.T @ x) / x.shape[0]
 
     def divergence(self, start: int, errors: list[mx.array]) -> Floats:
@@ -148,9 +168,15 @@ class ExpertStatistics:
             return mx.mean(mx.square(self._x), axis=0)
         return expert_importance(self._x, self._rows)
 
-    def gram(self) -> mx.array:
+    def gram(self, experts: Sequence[int] | None = None, *, half: int | None = None) -> mx.array | None:
         """E[x xᵀ] per expert (E, I, I), pulled towards the mean of all as in :meth:`importance`."""
-        return expert_grams(self._x, self._rows)
+        if self.by_gradient:
+            return None
+        x, rows = self._x, self._rows
+        if half is not None:
+            kept = np.flatnonzero(np.isin(self._window, windows_of(self._num_windows, half)))
+            x, rows = x[mx.array(kept)], [np.flatnonzero(np.isin(kept, own)) for own in rows]
+        return ExpertGrams(x, rows).of(range(len(rows)) if experts is None else experts)
 
     def divergence(self, start: int, errors: list[mx.array]) -> Floats:
         """See :meth:`UnitStatistics.divergence`; evaluates."""
@@ -203,9 +229,14 @@ class EmbeddingStatistics:
         """E[g_j²] per column (D,): how much an error in that column of a row is felt."""
         return mx.mean(self._g2, axis=0)
 
-    def gram(self) -> mx.array:
-        """Diagonal of :meth:`importance`: lookups do not mix columns."""
-        return mx.diag(self.importance())
+    def gram(
+        self,
+        experts: Sequence[int] | None = None,  # noqa: ARG002
+        *,
+        half: int | None = None,  # noqa: ARG002
+    ) -> mx.array | None:
+        """None: lookups do not mix columns, so there is nothing to feed back."""
+        return None
 
     def divergence(self, start: int, errors: list[mx.array]) -> Floats:
         """See :meth:`UnitStatistics.divergence`; evaluates."""

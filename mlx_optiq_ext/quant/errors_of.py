@@ -5,6 +5,7 @@ Joins the correction (which error a choice makes) with the statistics (what that
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +16,21 @@ from mlx_optiq_ext.measure.statistics import UnitStatistics
 from mlx_optiq_ext.quant.correct import Level, gram_error, pack, unpack
 from mlx_optiq_ext.types.quant import Choice
 
-__all__ = ["choice_errors", "divergence_of_choices", "divergence_of_head_choices"]
+__all__ = ["Costs", "choice_errors", "divergence_of_choices", "divergence_of_head_choices"]
 
 _CHUNK_WEIGHTS = 1 << 25
 _SAMPLED_ROWS = 128
 _FULL_AND_FAST: tuple[Level, Level] = ("full", "fast")
 Floats = npt.NDArray[np.float64]
+
+
+class Costs(NamedTuple):
+    """What the choices of one tensor cost."""
+
+    divergence: Floats
+    """(C, W)."""
+    gain: Floats
+    """(C,) what the fast rounding's divergence was multiplied by to stand for the full one; 1 elsewhere."""
 
 
 def choice_errors(
@@ -67,12 +77,11 @@ def divergence_of_choices(
     *,
     level: Level,
     float_dtype: mx.Dtype,
-) -> Floats:
-    """Estimated divergence (C, W) of one tensor at every choice; keep costs nothing."""
+) -> Costs:
+    """Estimated divergence of one tensor at every choice; keep costs nothing."""
     stored = [c for c in choices if c.mode != "keep"]
-    total = np.zeros((len(choices), 1))
     if not stored:
-        return total
+        return Costs(np.zeros((len(choices), 1)), np.ones(len(choices)))
     importance = statistics.importance() if level != "none" else None
     pieces = [
         statistics.divergence(start, errors)
@@ -85,10 +94,18 @@ def divergence_of_choices(
         )
     ]
     costs = np.sum(pieces, axis=0)
+    gain = np.ones(len(stored))
     if level == "full":
-        costs = costs * _gain_of_full(weight, statistics, stored, float_dtype)
-    result = np.zeros((len(choices), costs.shape[1]))
-    result[[choices.index(c) for c in stored]] = costs
+        gain = _gain_of_full(weight, statistics, stored, float_dtype)
+    return _with_keep(costs * gain[:, None], gain, stored, choices)
+
+
+def _with_keep(costs: Floats, gain: Floats, stored: Sequence[Choice], choices: Sequence[Choice]) -> Costs:
+    """Costs of all choices from those of the stored ones."""
+    result = Costs(np.zeros((len(choices), costs.shape[1])), np.ones(len(choices)))
+    places = [choices.index(c) for c in stored]
+    result.divergence[places] = costs
+    result.gain[places] = gain
     return result
 
 
@@ -97,28 +114,40 @@ def _gain_of_full(
     statistics: UnitStatistics | HeadStatistics,
     choices: Sequence[Choice],
     float_dtype: mx.Dtype,
-) -> float:
-    """Output error of the full correction over that of the fast one, at the affine choice nearest 4 bits.
+) -> Floats:
+    """Output error of the full correction over that of the fast one, (C,), at most 1.
 
     The diagonal Fisher cannot see what error feedback gains (it trades error between columns), so the
-    estimate of the fast rounding is scaled by the ratio of Tr(E G Eᵀ) on a sample of rows, which can.
+    estimate of the fast rounding is scaled by the ratio of Tr(E G Eᵀ) on a sample of rows, which can. It is
+    taken at the affine choice nearest 4 bits and holds for affine choices, the only ones that the writer
+    corrects fully; 1 for all where it has no Gram. Rounded with the Gram of half of the windows, and judged
+    under that of the other half; a single window is judged on itself.
     """
+    gains = np.ones(len(choices))
     affine = [c for c in choices if c.mode == "affine"]
     if not affine:
-        return 1.0
+        return gains
     choice = min(affine, key=lambda c: (abs(c.bits - 4), c))
     wanted = _SAMPLED_ROWS if weight.ndim == 2 else max(1, _SAMPLED_ROWS // weight.shape[1])
     step = max(1, weight.shape[0] // wanted)
     rows = weight[::step]
-    gram = statistics.gram()
-    own = gram[::step] if gram.ndim == 3 else gram
-    errors = [
+    experts = range(0, weight.shape[0], step) if weight.ndim == 3 else None
+    known, held_back = (statistics.gram(experts, half=half) for half in (0, 1))
+    if known is None or held_back is None:
+        return gains
+    full, fast = (
         float(
-            gram_error(rows, pack(rows, choice, level=level, float_dtype=float_dtype, gram=own), choice, own)
+            gram_error(
+                rows,
+                pack(rows, choice, level=level, float_dtype=float_dtype, gram=known),
+                choice,
+                held_back,
+            )
         )
         for level in _FULL_AND_FAST
-    ]
-    return errors[0] / errors[1] if errors[1] > 0 else 1.0
+    )
+    gains[[c.mode == "affine" for c in choices]] = min(1.0, full / fast) if fast > 0 else 1.0
+    return gains
 
 
 def divergence_of_head_choices(
@@ -129,8 +158,8 @@ def divergence_of_head_choices(
     *,
     level: Level,
     float_dtype: mx.Dtype,
-) -> Floats:
-    """Divergence (C, W) of the head at every choice: exact on the logits, plus lookups of a tied table."""
+) -> Costs:
+    """Divergence of the head at every choice: exact on the logits, plus lookups of a tied table."""
     stored = [c for c in choices if c.mode != "keep"]
     importance = head.importance() if level != "none" else None
     changes: list[list[list[mx.array]]] = [[] for _ in stored]
@@ -149,8 +178,10 @@ def divergence_of_head_choices(
     joined = [
         [mx.concatenate(list(parts), axis=-1) for parts in zip(*chunks, strict=True)] for chunks in changes
     ]
-    gain = _gain_of_full(weight, head, stored, float_dtype) if level == "full" else 1.0
-    costs = costs + gain * head.divergence(joined)
-    result = np.zeros((len(choices), costs.shape[1]))
-    result[[choices.index(c) for c in stored]] = costs
-    return result
+    on_logits = head.divergence(joined)
+    fast = costs + on_logits
+    gain = _gain_of_full(weight, head, stored, float_dtype) if level == "full" else np.ones(len(stored))
+    costs = costs + gain[:, None] * on_logits
+    before, after = fast.mean(axis=1), costs.mean(axis=1)
+    gain = np.divide(after, before, out=np.ones_like(after), where=before > 0)
+    return _with_keep(costs, gain, stored, choices)

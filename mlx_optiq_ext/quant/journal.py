@@ -29,6 +29,7 @@ _NOT_IN_KEY = ("resume", "probes", "reference", "revision", "calibration", "trus
 class _Line(msgspec.Struct, frozen=True):
     path: str
     costs: list[list[float]]
+    gain: list[float] | None = None
 
 
 def journal_key(
@@ -66,6 +67,8 @@ class Journal:
         self._file = file
         self._key = key
         self.costs = costs
+        self.gains: dict[str, Floats] = {}
+        """Per path what the costs of each choice were multiplied by (C,); see ``errors_of.Costs``."""
 
     @classmethod
     def open(cls, file: Path | None, key: str, *, resume: bool) -> "Journal":
@@ -76,6 +79,7 @@ class Journal:
         if file is None:
             return cls(None, key, {})
         costs: dict[str, Floats] = {}
+        gains: dict[str, Floats] = {}
         if resume and file.is_file():
             lines = file.read_bytes().split(b"\n")
             if lines[0].strip() == key.encode():
@@ -85,24 +89,30 @@ class Journal:
                     except msgspec.DecodeError:
                         continue
                     costs[entry.path] = np.array(entry.costs, dtype=np.float64)
+                    if entry.gain is not None:
+                        gains[entry.path] = np.array(entry.gain, dtype=np.float64)
         else:
             discard_journal(file)
-        written = [key.encode(), *(_encode(path, values) for path, values in costs.items())]
+        written = [key.encode(), *(_encode(path, c, gains.get(path)) for path, c in costs.items())]
         write_bytes_atomic(file, b"\n".join(written) + b"\n")
-        return cls(file, key, costs)
+        journal = cls(file, key, costs)
+        journal.gains = gains
+        return journal
 
-    def add(self, path: str, costs: Floats) -> None:
+    def add(self, path: str, costs: Floats, gain: Floats | None = None) -> None:
         """Keep one finished unit.
 
         Raises:
             ResourceError: It cannot be written (the disk is full).
         """
         self.costs[path] = costs
+        if gain is not None:
+            self.gains[path] = gain
         if self._file is None:
             return
         try:
             with self._file.open("ab") as stream:
-                stream.write(_encode(path, costs) + b"\n")
+                stream.write(_encode(path, costs, gain) + b"\n")
         except OSError as error:
             raise ResourceError(f"cannot write {self._file}: {error.strerror or error}") from error
 
@@ -129,5 +139,5 @@ class Journal:
         return self._file.with_name(f"{self._file.name}.{self._key[:16]}-{probes}.table")
 
 
-def _encode(path: str, costs: Floats) -> bytes:
-    return msgspec.json.encode(_Line(path, costs.tolist()))
+def _encode(path: str, costs: Floats, gain: Floats | None) -> bytes:
+    return msgspec.json.encode(_Line(path, costs.tolist(), None if gain is None else gain.tolist()))

@@ -21,12 +21,13 @@ from mlx_optiq_ext.quant.journal import Journal
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
 from mlx_optiq_ext.types.quant import Choice, Probe, Unit
 
-__all__ = ["Prober", "Rounding", "check_estimates", "probe_every_choice", "replaced"]
+__all__ = ["Prober", "Rounding", "check_estimates", "probe_every_choice", "replaced", "unit_gains"]
 
 _FIRST_LOOK = 24
 _CLOSE = 0.25
 _RATIO_RANGE = (0.5, 2.0)
 _GOLDEN = 7919
+_TINY = 1e-30
 
 
 @contextmanager
@@ -49,9 +50,11 @@ class Rounding(NamedTuple):
     float_dtype: mx.Dtype
     importance: Mapping[str, mx.array]
     """E[x_j²] by path; a path without it is rounded plainly."""
+    gains: Mapping[tuple[str, Choice], float] = {}
+    """Part of the estimate by unit and choice that the full correction leaves (:func:`unit_gains`)."""
 
     def apply(self, tape: Tape, unit: Unit, choice: Choice) -> dict[str, mx.array]:
-        """The unit's weights as they would be stored, by path."""
+        """The unit's weights as they would be stored, by path; full is rounded fast: no Gram is kept."""
         result = {}
         for path in unit.paths:
             weight = get_module(tape.model, path).weight
@@ -113,6 +116,8 @@ def check_estimates(
     (routed experts that change hands), they are so for all tensors, and allocations from rescaled
     estimates measured no better (docs/method.md).
 
+    With the full correction the probes are rounded fast, and compared with the estimate before its gain.
+
     Args:
         limit: Most forward-equivalents to spend.
     Returns:
@@ -129,7 +134,8 @@ def check_estimates(
         for choice in pair:
             exact = prober.divergence(unit, rounding.apply(tape, unit, choice))
             spent += prober.cost(unit)
-            ratios += _log_ratio(exact, table[unit.path, choice], windows, prober.windows)
+            fast = exact * rounding.gains.get((unit.path, choice), 1.0)
+            ratios += _log_ratio(fast, table[unit.path, choice], windows, prober.windows)
         progress(Progress(stage="probe", done=min(round(spent), limit), total=limit, detail=unit.path))
         if len(ratios) >= _FIRST_LOOK and abs(np.median(ratios)) < _CLOSE and np.std(ratios) < _CLOSE:
             break
@@ -165,6 +171,21 @@ def probe_every_choice(
             probes.append(_probe(empty, values, windows, prober.windows))
         progress(Progress(stage="probe", done=done + 1, total=len(rounding.units), detail=unit.path))
     return tuple(probes), spent
+
+
+def unit_gains(units: Sequence[Unit], journal: Journal) -> dict[tuple[str, Choice], float]:
+    """By unit and choice: estimated divergence over what it was for the fast rounding."""
+    result = {}
+    for unit in units:
+        paths = [path for path in unit.paths if path in journal.gains]
+        for c, choice in enumerate(unit.choices):
+            costs = [float(journal.costs[path][c].mean()) for path in paths]
+            fast = sum(
+                cost / max(float(journal.gains[path][c]), _TINY)
+                for path, cost in zip(paths, costs, strict=True)
+            )
+            result[unit.path, choice] = sum(costs) / fast if fast > 0 else 1.0
+    return result
 
 
 def _sample(units: Sequence[Unit], estimates: Sequence[Probe]) -> list[Unit]:

@@ -25,7 +25,7 @@ from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
 from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
-from mlx_optiq_ext.quant.probe import Rounding, check_estimates, probe_every_choice
+from mlx_optiq_ext.quant.probe import Rounding, check_estimates, probe_every_choice, unit_gains
 from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.model import ModelRef
@@ -129,7 +129,8 @@ def _fisher(run: _Run) -> _Found:
     probes, notes = estimate.probes, estimate.notes
     cost = 1.0 + 3.0 * options.label_samples
     if options.probes and reference.how == "resident":
-        rounding = Rounding(run.units, options.correction, reference.stored_dtype, estimate.importance)
+        gains = unit_gains(run.units, run.journal)
+        rounding = Rounding(run.units, options.correction, reference.stored_dtype, estimate.importance, gains)
         spent, remarks = check_estimates(
             run.tape, rounding, probes, run.windows, options.probes, run.progress
         )
@@ -174,11 +175,11 @@ def _estimate(run: _Run) -> _Estimate:
             mx.eval(importance[path])
             if path not in costs:
                 weight = get_module(run.reference.model, path).weight
-                costs[path] = divergence_of_choices(
+                costs[path], gain = divergence_of_choices(
                     weight, statistics, unit.choices,
                     level=run.options.correction, float_dtype=run.reference.stored_dtype,
                 )  # fmt: skip
-                run.journal.add(path, costs[path])
+                run.journal.add(path, costs[path], gain)
             report(path)
         mx.clear_cache()
     _outside(run, lookups, costs, report)
@@ -207,14 +208,15 @@ def _outside(
             dtype, level = run.reference.stored_dtype, run.options.correction
             if is_head:
                 head = HeadStatistics(run.tape)
-                costs[unit.path] = divergence_of_head_choices(
+                costs[unit.path], gain = divergence_of_head_choices(
                     weight, head, looked_up, unit.choices, level=level, float_dtype=dtype
                 )
-            elif looked_up is not None:
-                costs[unit.path] = divergence_of_choices(
+            else:
+                assert looked_up is not None
+                costs[unit.path], gain = divergence_of_choices(
                     weight, looked_up, unit.choices, level=level, float_dtype=dtype
                 )
-            run.journal.add(unit.path, costs[unit.path])
+            run.journal.add(unit.path, costs[unit.path], gain)
         report(unit.path)
 
 
