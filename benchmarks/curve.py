@@ -32,7 +32,7 @@ from mlx_optiq_ext.eval.score import HeldOutScorer  # noqa: E402
 from mlx_optiq_ext.hub.resolve import resolve_model  # noqa: E402
 from mlx_optiq_ext.measure.calibration import load_windows  # noqa: E402
 from mlx_optiq_ext.models.load import cast_floats, load_model, load_tokenizer  # noqa: E402
-from mlx_optiq_ext.models.walk import fixed_bits, get_module, quantizable_modules, total_numel  # noqa: E402
+from mlx_optiq_ext.models.walk import get_module, quantizable_modules, total_numel  # noqa: E402
 from mlx_optiq_ext.quant.bitmap import allocate  # noqa: E402
 from mlx_optiq_ext.quant.reference import Reference  # noqa: E402
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity  # noqa: E402
@@ -124,7 +124,7 @@ class Run:
         )
         rewriter.run(tokens, lambda _: None)
         reference.model.eval()
-        bits = fixed_bits(reference.model, self.units, 16) + sum(
+        bits = reference.fixed_bits(self.units) + sum(
             bit_map.choices[path].stored_bits(unit.numel // len(unit.paths))
             for unit in self.units
             for path in unit.paths
@@ -183,7 +183,7 @@ class Run:
                 print(f"# dynamic_quant does not run on this model: {error}", file=sys.stderr)
                 return
         choices = dict(self.uniform_map(Choice.parse("4")).choices)
-        budget = 5.0 * total_numel(reference.model) - fixed_bits(reference.model, self.units, 16)
+        budget = 5.0 * total_numel(reference.model) - reference.fixed_bits(self.units)
         numel = {path: unit.numel // len(unit.paths) for unit in self.units for path in unit.paths}
         spent = sum(c.stored_bits(numel[p]) for p, c in choices.items())
         for path, _ in sorted(found, key=lambda item: -item[1]):

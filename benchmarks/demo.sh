@@ -22,7 +22,7 @@ fi
 
 step "Compare on held-out text, at true stored bits"
 if [ ! -f demo/score.txt ]; then
-  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 -o "$result/optiq/score.json" >demo/score.partial
+  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 --force -o "$result/optiq/score.json" >demo/score.partial
   mv demo/score.partial demo/score.txt
 fi
 cat demo/score.txt

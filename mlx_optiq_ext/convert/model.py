@@ -163,7 +163,9 @@ def _set_dtype(reference: Reference, options: ConvertOptions) -> None:
 
 
 def _allocate(table: SensitivityTable, options: ConvertOptions, reference: Reference) -> Allocation:
-    kv = kv_bytes_per_token(reference.config, options.allocate.context) if options.allocate.fit else None
+    kv = None
+    if options.allocate.fit:
+        kv = kv_bytes_per_token(reference.config, options.allocate.context, float_bits=table.float_bits)
     return allocate(table, options.allocate, kv_bytes_per_token=kv)
 
 

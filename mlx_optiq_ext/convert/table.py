@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from mlx_optiq_ext.errors import FingerprintMismatch
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.fingerprint import fingerprint
-from mlx_optiq_ext.models.walk import fixed_bits, total_numel
+from mlx_optiq_ext.models.walk import total_numel
 from mlx_optiq_ext.quant.reference import Reference, parse_candidates
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.options import MeasureOptions
@@ -31,7 +31,7 @@ def outline_table(reference: Reference, options: MeasureOptions) -> SensitivityT
         model=fingerprint(reference.ref), method="static", reference="none", correction="none",
         calibration=_NO_CALIBRATION, domains=(), units=units, probes=static_probes(units),
         total_numel=total_numel(reference.model),
-        fixed_bits=fixed_bits(reference.model, units, float_bits), float_bits=float_bits,
+        fixed_bits=reference.fixed_bits(units), float_bits=float_bits,
     )  # fmt: skip
 
 
@@ -53,8 +53,7 @@ def read_table(file: Path, reference: Reference) -> SensitivityTable:
             f"{reference.ref.source}; measure again with `optiq measure {reference.ref.source}`"
         )
     float_bits = reference.stored_dtype.size * 8
-    fixed = fixed_bits(reference.model, table.units, float_bits)
-    return replace(table, float_bits=float_bits, fixed_bits=fixed)
+    return replace(table, float_bits=float_bits, fixed_bits=reference.fixed_bits(table.units))
 
 
 def _complete(table: SensitivityTable, reference: Reference, file: Path) -> SensitivityTable:
@@ -80,7 +79,7 @@ def _complete(table: SensitivityTable, reference: Reference, file: Path) -> Sens
     float_bits = reference.stored_dtype.size * 8
     return replace(
         table, units=units, probes=(*probes, *guessed), float_bits=float_bits,
-        total_numel=total_numel(reference.model), fixed_bits=fixed_bits(reference.model, units, float_bits),
+        total_numel=total_numel(reference.model), fixed_bits=reference.fixed_bits(units),
         notes=(*table.notes, *notes),
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ __all__ = [
     "find_stale_folders",
     "incomplete_path",
     "require_absent",
+    "require_absent_file",
     "write_bytes_atomic",
     "write_json_atomic",
 ]
@@ -71,6 +72,23 @@ def require_absent(out: Path) -> None:
     """
     if out.exists() or out.is_symlink():
         raise OutputExists(f"output {out} already exists; remove it or choose another with -o")
+
+
+def require_absent_file(out: Path, *, force: bool = False) -> None:
+    """Refuse to replace a file that nobody said may be replaced; call it before any long work.
+
+    Args:
+        out: File that will be written.
+        force: The user allows it to be replaced.
+    Raises:
+        OutputExists: Something is there; a folder also with ``force``.
+    """
+    if out.is_dir():
+        raise OutputExists(f"output {out} is a folder; give a file name with -o")
+    if not force and (out.exists() or out.is_symlink()):
+        raise OutputExists(
+            f"output {out} already exists; add --force to replace it, or choose another with -o"
+        )
 
 
 def check_disk_space(folder: Path, needed_nbytes: int) -> int:

@@ -119,19 +119,28 @@ def total_numel(model: nn.Module) -> int:
     return sum(array.size for _, array in named_arrays(model.parameters()))
 
 
-def fixed_bits(model: nn.Module, units: Iterable[Unit], float_bits: int) -> int:
-    """Stored bits of every parameter that is no unit's weight (norms, biases, state parameters)."""
-    weights = {f"{path}.weight" for unit in units for path in unit.paths}
+def fixed_bits(
+    model: nn.Module, units: Iterable[Unit], float_bits: int, dtype_of: Callable[[str], mx.Dtype]
+) -> int:
+    """Stored bits of every parameter that is no unit's weight (norms, biases, state parameters).
+
+    A unit that can only be kept counts with ``float_bits`` elsewhere; what its type takes beyond that (or
+    less) is part of the sum.
+
+    Args:
+        model: Module tree.
+        units: All its units.
+        float_bits: Width in which :meth:`Choice.stored_bits` counts a kept weight.
+        dtype_of: Type that an unquantized parameter will be written in, by name.
+    """
+    only_kept = {f"{path}.weight": unit.choices == (KEEP,) for unit in units for path in unit.paths}
     bits = 0
-    keeps_type = getattr(model, "cast_predicate", lambda _: True)
     for name, array in named_arrays(model.parameters()):
-        if name not in weights:
-            cast_to = (
-                float_bits
-                if mx.issubdtype(array.dtype, mx.floating) and keeps_type(name)
-                else array.dtype.size * 8
-            )
-            bits += array.size * cast_to
+        written = dtype_of(name).size * 8
+        if name not in only_kept:
+            bits += array.size * written
+        elif only_kept[name]:
+            bits += array.size * (written - float_bits)
     return bits
 
 

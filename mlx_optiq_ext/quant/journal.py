@@ -1,10 +1,11 @@
 """Keep finished units of a measurement, so that a stopped one goes on where it was.
 
-One JSON line per unit behind a first line that says what was measured; a journal of anything else (other
-model, calibration, choices, code) is started anew. The finished table is kept beside it, for a conversion
-that is stopped later. Knows nothing of how costs are computed.
+One JSON line per unit behind a first line that says what was measured; a measurement of anything else
+(other model, calibration, choices, code) has a journal of its own. The finished table is kept beside it,
+for a conversion that is stopped later. Knows nothing of how costs are computed.
 """
 
+import glob
 import hashlib
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from mlx_optiq_ext import __version__
 from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
+from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.types.options import MeasureOptions
-from mlx_optiq_ext.types.quant import CalibrationInfo, ModelFingerprint, SensitivityTable
+from mlx_optiq_ext.types.quant import ModelFingerprint, SensitivityTable
 
-__all__ = ["Journal", "discard_journal", "journal_key"]
+__all__ = ["Journal", "discard_journal", "journal_key", "journal_path"]
 
 Floats = npt.NDArray[np.float64]
 _NOT_IN_KEY = ("resume", "probes", "reference", "revision", "calibration", "trust_remote_code")
@@ -32,33 +34,54 @@ class _Line(msgspec.Struct, frozen=True):
     gain: list[float] | None = None
 
 
-def journal_key(
-    model: ModelFingerprint, calibration: CalibrationInfo, options: MeasureOptions, float_dtype: str
-) -> str:
+def journal_key(model: ModelFingerprint, windows: Windows, options: MeasureOptions, float_dtype: str) -> str:
     """Hash of everything that the costs depend on.
 
     Args:
+        model: What was measured.
+        windows: The tokens themselves count, which another tokenizer makes of the same text.
+        options: How it is measured.
         float_dtype: Stored type of scales and biases.
     """
     relevant = {
         name: value for name, value in msgspec.structs.asdict(options).items() if name not in _NOT_IN_KEY
     }
-    parts = [model.sha256, calibration.sha256, calibration.num_windows, relevant, float_dtype, __version__]
-    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+    tokens = np.ascontiguousarray(windows.tokens)
+    parts = [
+        *(model.sha256, windows.info.sha256, windows.info.domains, tokens.shape, str(tokens.dtype)),
+        *(relevant, float_dtype, __version__),
+    ]
+    digest = hashlib.sha256(msgspec.json.encode(parts, order="sorted"))
+    digest.update(tokens.tobytes())
+    digest.update(np.ascontiguousarray(windows.domain_index).tobytes())
+    return digest.hexdigest()
+
+
+def journal_path(file: Path, key: str) -> Path:
+    """Where the journal of one measurement lies, beside those of others with the same output.
+
+    Args:
+        file: Name that belongs to the output.
+        key: See :func:`journal_key`.
+    """
+    return file.with_name(f"{file.name}.{key[:16]}")
 
 
 def discard_journal(file: Path) -> None:
-    """Delete a journal and the table beside it: the result is where it belongs."""
-    file.unlink(missing_ok=True)
-    for table in file.parent.glob(f"{file.name}.*.table"):
-        table.unlink()
+    """Delete all journals of an output and the tables beside them: the result is where it belongs.
+
+    Args:
+        file: What :meth:`Journal.open` was given.
+    """
+    for kept in file.parent.glob(f"{glob.escape(file.name)}.*"):
+        kept.unlink(missing_ok=True)
 
 
 class Journal:
     """Finished units in a file, or nowhere.
 
     Args:
-        file: Opened for appending; None keeps nothing.
+        file: Its own file, opened for appending; None keeps nothing.
         key: See :func:`journal_key`.
         costs: What it held already: path → (C, W).
     """
@@ -75,9 +98,15 @@ class Journal:
         """Continue the journal of the same key, or start a new one.
 
         A half-written last line (the process was killed) is dropped.
+
+        Args:
+            file: Name that belongs to the output; :func:`journal_path` makes it that of the key.
+            key: What is measured.
+            resume: False starts anew; journals of other keys stay.
         """
         if file is None:
             return cls(None, key, {})
+        file = journal_path(file, key)
         costs: dict[str, Floats] = {}
         gains: dict[str, Floats] = {}
         if resume and file.is_file():
@@ -92,7 +121,8 @@ class Journal:
                     if entry.gain is not None:
                         gains[entry.path] = np.array(entry.gain, dtype=np.float64)
         else:
-            discard_journal(file)
+            for table in file.parent.glob(f"{glob.escape(file.name)}-*.table"):
+                table.unlink()
         written = [key.encode(), *(_encode(path, c, gains.get(path)) for path, c in costs.items())]
         write_bytes_atomic(file, b"\n".join(written) + b"\n")
         journal = cls(file, key, costs)
@@ -136,7 +166,7 @@ class Journal:
 
     def _table_file(self, probes: int) -> Path:
         assert self._file is not None
-        return self._file.with_name(f"{self._file.name}.{self._key[:16]}-{probes}.table")
+        return self._file.with_name(f"{self._file.name}-{probes}.table")
 
 
 def _encode(path: str, costs: Floats, gain: Floats | None) -> bytes:

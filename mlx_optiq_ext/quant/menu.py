@@ -112,16 +112,25 @@ def with_choice(menu: Menu, choice: Choice, float_bits: int) -> Menu:
     """The menu with ``choice`` on it.
 
     A choice that was not measured gets the divergence of the widest cheaper one, which bounds it from
-    above; of the cheapest one where none is cheaper.
+    above.
+
+    Raises:
+        UsageError: It was not measured and nothing cheaper was, so that nothing bounds its cost.
     """
     if any(offer.choice == choice for offer in menu.offers):
         return menu
     bits = choice.stored_bits(menu.unit.numel, float_bits)
     cheaper = [offer for offer in menu.offers if offer.bits <= bits]
-    like = cheaper[-1] if cheaper else menu.offers[0]
-    added = replace(like, choice=choice, bits=bits)
     if choice.mode == "keep":
         added = Offer(choice=choice, bits=bits, divergence=0.0)
+    elif cheaper:
+        added = replace(cheaper[-1], choice=choice, bits=bits)
+    else:
+        known = ", ".join(offer.choice.label for offer in menu.offers)
+        raise UsageError(
+            f"what {choice.label} costs {menu.unit.path} is not known, it was measured as {known} only: pin "
+            f"it to one of these, or measure again with {choice.label} added to --candidate-bits"
+        )
     return replace(menu, offers=_ordered([*menu.offers, added]))
 
 

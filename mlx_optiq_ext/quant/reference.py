@@ -5,6 +5,7 @@ Knows how a model is held (resident or one block at a time); not what is measure
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_optiq_ext.errors import ResourceError
+from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.check import unpackable_paths
 from mlx_optiq_ext.models.load import (
@@ -24,7 +25,7 @@ from mlx_optiq_ext.models.load import (
     resident_nbytes,
 )
 from mlx_optiq_ext.models.memory import BlockMemory, StreamedMemory
-from mlx_optiq_ext.models.walk import list_units
+from mlx_optiq_ext.models.walk import fixed_bits, list_units
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.quant import AFFINE_GROUPS, Choice, Unit
@@ -75,7 +76,7 @@ class Reference:
     def units(self, candidates: tuple[Choice, ...]) -> tuple[Unit, ...]:
         """Units with the choices that fit them."""
         if self._unpackable is None:
-            self._unpackable = unpackable_paths(self.model)
+            self._unpackable = unpackable_paths(self.model) | self._kept_wider()
         return list_units(self.model, self.config, candidates, unpackable=self._unpackable)
 
     def memory(self) -> BlockMemory:
@@ -99,6 +100,19 @@ class Reference:
         source = self._source_dtypes[name]
         return dtype if mx.issubdtype(source, mx.floating) and self._may_cast(name) else source
 
+    def fixed_bits(self, units: Sequence[Unit]) -> int:
+        """Stored bits of everything that no choice changes, in the types that will be written."""
+        stored = self.stored_dtype
+        return fixed_bits(self.model, units, stored.size * 8, lambda name: self.written_dtype(name, stored))
+
+    def _kept_wider(self) -> set[str]:
+        """Modules whose weight the family keeps in a type of another width than the checkpoint's."""
+        return {
+            name.removesuffix(".weight")
+            for name, source in self._source_dtypes.items()
+            if name.endswith(".weight") and not self._may_cast(name) and source.size != self.stored_dtype.size
+        }
+
     def tokenizer(self) -> TokenizerWrapper:
         """The model's tokenizer."""
         return load_tokenizer(self.ref, trust_remote_code=self._trust)
@@ -113,17 +127,25 @@ def parse_candidates(options: MeasureOptions) -> tuple[Choice, ...]:
     """Choices named by ``--candidate-bits`` and ``--candidate-groups``.
 
     A bare width stands for itself at every candidate group; one with a group, or a float mode, for itself.
+
+    Raises:
+        UsageError: A word is neither, or no choice is named.
     """
-    groups = [int(g) for g in options.candidate_groups.split(",") if g.strip()] or [64]
-    for group in groups:
-        if group not in AFFINE_GROUPS:
-            Choice.parse(f"4g{group}")
+    groups = [_parse_group(word) for word in options.candidate_groups.split(",") if word.strip()] or [64]
     found: dict[Choice, None] = {}
     for word in options.candidate_bits.split(","):
         if word.strip():
             for group in groups:
                 found[Choice.parse(word, default_group=group)] = None
+    if not found:
+        raise UsageError("--candidate-bits names no choice; give some, such as 2,3,4,5,6,8")
     return tuple(sorted(found, key=lambda c: (c.bpw(), c)))
+
+
+def _parse_group(word: str) -> int:
+    if word.strip() not in {str(group) for group in AFFINE_GROUPS}:
+        raise UsageError(f"--candidate-groups: {word.strip()!r} is not one of {AFFINE_GROUPS}")
+    return int(word)
 
 
 def available_nbytes() -> int:

@@ -21,7 +21,7 @@ from mlx_optiq_ext.measure.head import HeadStatistics
 from mlx_optiq_ext.measure.statistics import ExpertStatistics, UnitStatistics
 from mlx_optiq_ext.models.check import require_runnable
 from mlx_optiq_ext.models.tape import Tape
-from mlx_optiq_ext.models.walk import fixed_bits, get_module, total_numel
+from mlx_optiq_ext.models.walk import get_module, total_numel
 from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
@@ -89,7 +89,7 @@ def measure_sensitivity(
         num_tokens=options.num_tokens,
         window=options.window,
     )
-    key = journal_key(fingerprint(ref), windows.info, options, str(reference.stored_dtype))
+    key = journal_key(fingerprint(ref), windows, options, str(reference.stored_dtype))
     journal = Journal.open(journal_file, key, resume=options.resume)
     finished = journal.finished(options.probes)
     if finished is not None:
@@ -278,7 +278,7 @@ def _table(
         units=kept,
         probes=(*found.probes, *unmeasured),
         total_numel=total_numel(reference.model),
-        fixed_bits=fixed_bits(reference.model, units, float_bits),
+        fixed_bits=reference.fixed_bits(kept),
         float_bits=float_bits,
         notes=(*found.calibration.notes, *found.notes),
         forward_equivalents=found.cost,

@@ -6,6 +6,7 @@ name; a mismatch raises, and the output stays marked incomplete.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from mlx_optiq_ext.blas import preload_blas
-from mlx_optiq_ext.errors import UsageError, VerificationError
+from mlx_optiq_ext.errors import ResourceError, UsageError, VerificationError
 from mlx_optiq_ext.formats.safetensors import StoredTensor, read_folder
 from mlx_optiq_ext.types.quant import BitMap, Choice
 from mlx_optiq_ext.types.verify import VerifyReport
@@ -24,6 +25,8 @@ __all__ = ["compare_bytes", "compare_config", "inspect_checkpoint", "verify_chec
 
 _FLOATS = {"F16", "BF16", "F32"}
 _SHOWN = 12
+_TIMEOUT_S = 3600
+"""For loading and 16 tokens of any model; only a machine that swaps or hangs takes as long."""
 
 
 class _Loaded(msgspec.Struct, frozen=True):
@@ -52,6 +55,7 @@ def verify_checkpoint(
         What was compared; its ``problems`` are empty.
     Raises:
         VerificationError: Something differs; names the paths.
+        ResourceError: The fresh process was killed, or did not end.
     """
     report = inspect_checkpoint(
         folder, plan, expected_nbytes=expected_nbytes, trust_remote_code=trust_remote_code
@@ -71,6 +75,7 @@ def inspect_checkpoint(
 
     Raises:
         VerificationError: Nothing could be compared: unreadable files, or stock mlx-lm does not load it.
+        ResourceError: The fresh process was killed, or did not end.
     Cost: every float tensor is read once, one forward of 16 tokens, start of a Python process.
     """
     started = time.monotonic()
@@ -190,13 +195,7 @@ def _load_stock(folder: Path, trust_remote_code: bool) -> _Loaded:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    ended = subprocess.run(
-        [sys.executable, "-P", str(script), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = _run_apart([sys.executable, "-P", str(script), *words], environment)
     lines = ended.stdout.strip().splitlines()
     if ended.returncode != 0 or not lines:
         reason = "\n".join(ended.stderr.strip().splitlines()[-5:])
@@ -204,6 +203,27 @@ def _load_stock(folder: Path, trust_remote_code: bool) -> _Loaded:
             f"stock mlx-lm does not load the checkpoint (exit {ended.returncode}):\n{reason}"
         )
     return msgspec.json.decode(lines[-1].encode(), type=_Loaded)
+
+
+def _run_apart(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a process to its own end; one that is stopped from outside says nothing about the checkpoint."""
+    try:
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError(
+            f"verification did not end within {_TIMEOUT_S // 60} minutes; free memory, or convert with "
+            "--no-verify"
+        ) from error
+    if ended.returncode < 0:
+        number = -ended.returncode
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        raise ResourceError(
+            f"the process that verifies the checkpoint was killed ({name}), most likely for want of memory; "
+            "free some, or convert with --no-verify"
+        )
+    return ended
 
 
 def _compare_loaded(loaded: _Loaded, tensors: dict[str, StoredTensor], plan: BitMap) -> list[str]:

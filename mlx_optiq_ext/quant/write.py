@@ -4,10 +4,11 @@ The result is what stock mlx-lm's ``save`` would write for the same arrays: shar
 Knows nothing of measuring or allocating. Called by ``quant.convert`` inside an ``atomic_folder``.
 """
 
+import contextlib
 import copy
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 import msgspec
 from mlx_lm.utils import save_config
 
-from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.formats.atomic import write_json_atomic
 from mlx_optiq_ext.formats.safetensors import SafetensorsWriter
 from mlx_optiq_ext.types.quant import KEEP, BitMap, Choice
@@ -130,12 +131,25 @@ class CheckpointWriter:
             keep_vision_config: For models that keep their vision tower.
         Raises:
             UsageError: No tensor was written.
-            ResourceError: The disk is full.
+            ResourceError: The disk is full, or a file cannot be written.
         Source: mlx_lm.utils ``save``, ``save_model`` and ``save_config`` (files and keys).
         """
         self._close_shard()
         if not self._shards:
             raise UsageError(f"no tensor was written to {self.folder}")
+        with _writing_to(self.folder):
+            written = self._write_index(bit_map)
+            self._write_config(config, bit_map, keep_vision_config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(self.folder))
+            if source is not None:
+                for path in [*sorted(source.glob("*.py")), source / "generation_config.json"]:
+                    if path.is_file():
+                        shutil.copyfile(path, self.folder / path.name)
+        return written
+
+    def _write_index(self, bit_map: BitMap) -> WrittenCheckpoint:
+        """Give the shards their final names and list what they hold."""
         files = self._name_shards()
         written = WrittenCheckpoint(
             files=files,
@@ -149,13 +163,6 @@ class CheckpointWriter:
         totals = {"total_size": written.nbytes, "total_parameters": written.total_parameters}
         index = {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
         write_json_atomic(self.folder / "model.safetensors.index.json", index)
-        self._write_config(config, bit_map, keep_vision_config)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(self.folder))
-        if source is not None:
-            for path in [*sorted(source.glob("*.py")), source / "generation_config.json"]:
-                if path.is_file():
-                    shutil.copyfile(path, self.folder / path.name)
         return written
 
     def _shard_for(self, nbytes: int) -> SafetensorsWriter:
@@ -204,7 +211,18 @@ class CheckpointWriter:
         quantization = quantization_config(bit_map)
         if quantization is not None:
             config["quantization"] = quantization
-        save_config(config, self.folder / "config.json", keep_vision_config=keep_vision_config)
+        # mlx-lm 0.32.0 has no such keyword, nor a family that needs it.
+        keywords = {"keep_vision_config": True} if keep_vision_config else {}
+        save_config(config, self.folder / "config.json", **keywords)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Say of a failing file system what failed where."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
 
 
 def _settings(choice: Choice) -> dict[str, Any]:

@@ -25,16 +25,17 @@ def _optiq(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "mlx_optiq_ext", *map(str, words)]
 
 
-def _interrupt_after(command: list[str], journal: Path, num_lines: int) -> list[bytes]:
+def _interrupt_after(command: list[str], folder: Path, num_lines: int) -> list[bytes]:
     """Start ``command``, stop it as Ctrl-C would when so many lines are kept; return the lines."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if journal.is_file() and journal.read_bytes().count(b"\n") >= num_lines:
+        if sum(file.read_bytes().count(b"\n") for file in folder.glob("journal.jsonl.*")) >= num_lines:
             process.send_signal(signal.SIGINT)
             break
         time.sleep(0.2)
     assert process.wait(timeout=60) == 130
+    (journal,) = folder.glob("journal.jsonl.*")
     return journal.read_bytes().splitlines()
 
 
@@ -43,10 +44,8 @@ def converted(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Converted by a command that was interrupted twice while it measured."""
     out = tmp_path_factory.mktemp("converted") / "smollm2-5.0bpw"
     command = _optiq("convert", smollm2, "-o", out, *SETTINGS)
-    journal = work_folder(out) / "journal.jsonl"
-
-    first = _interrupt_after(command, journal, 10)
-    second = _interrupt_after(command, journal, len(first) + 8)
+    first = _interrupt_after(command, work_folder(out), 10)
+    second = _interrupt_after(command, work_folder(out), len(first) + 8)
     assert second[: len(first)] == first
     measured = [json.loads(line)["path"] for line in second[1:]]
     assert len(measured) == len(set(measured)), "a tensor was measured a second time"

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from support_allocation import choices, linear, small_table
 from support_tables import MOE, make_table
 
-from mlx_optiq_ext.errors import BudgetInfeasible
+from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
 from mlx_optiq_ext.quant.bitmap import allocate, divergence_curve, uniform_allocation
 from mlx_optiq_ext.types.options import AllocateOptions
-from mlx_optiq_ext.types.quant import Choice, SensitivityTable
+from mlx_optiq_ext.types.quant import KEEP, Choice, SensitivityTable
 
 _OFFERED = choices("2", "3", "4g32", "4", "5", "6", "8", "mxfp4")
 
@@ -113,6 +113,11 @@ def test_same_table_same_allocation(table, above) -> None:
 def test_pins_hold_and_their_costs_add_up(table, label) -> None:
     pin = f"{table.units[0].path}={label}"
     options = AllocateOptions(target_bpw=20.0, pin=(pin,))
+    wanted = Choice.parse(label)
+    if wanted != KEEP and all(choice.bpw() > wanted.bpw() for choice in table.units[0].choices):
+        with pytest.raises(UsageError, match="--candidate-bits"):
+            allocate(table, options)
+        return
     allocation = allocate(table, options)
     for path in table.units[0].paths:
         assert allocation.bit_map.choices[path].label == label

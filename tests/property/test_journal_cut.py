@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_optiq_ext.quant.journal import Journal
+from mlx_optiq_ext.quant.journal import Journal, journal_path
 
 _NUMBERS = st.floats(0, 1e6, allow_nan=False).map(float)
 _COSTS = st.integers(1, 4).flatmap(
@@ -20,15 +20,16 @@ _PATHS = st.text(st.characters(codec="utf-8", exclude_characters="\n"), min_size
 @given(st.dictionaries(_PATHS, _COSTS, min_size=1, max_size=5), st.data())
 def test_every_whole_line_survives_a_cut_at_any_byte(units: dict, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "journal"
-        journal = Journal.open(file, "key", resume=True)
+        name = Path(folder) / "journal"
+        file = journal_path(name, "key")
+        journal = Journal.open(name, "key", resume=True)
         for path, costs in units.items():
             journal.add(path, np.array(costs))
         whole = file.read_bytes()
         size = data.draw(st.integers(0, len(whole)))
         file.write_bytes(whole[:size])
         num_lines = whole[:size].count(b"\n") if size >= len(b"key\n") else 0
-        again = Journal.open(file, "key", resume=True)
+        again = Journal.open(name, "key", resume=True)
         # A cut just before a line end leaves a whole line, which may be taken or not.
         assert list(again.costs) in (list(units)[: max(num_lines - 1, 0)], list(units)[:num_lines])
         for path, costs in again.costs.items():

@@ -9,20 +9,24 @@ from msgspec.structs import replace
 from support_tables import make_table
 
 from mlx_optiq_ext import errors
+from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.quant import journal as journal_module
-from mlx_optiq_ext.quant.journal import Journal, discard_journal, journal_key
+from mlx_optiq_ext.quant.journal import Journal, discard_journal, journal_key, journal_path
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.quant import CalibrationInfo, ModelFingerprint
 
 MODEL = ModelFingerprint(model_type="llama", sha256="a" * 64)
 TEXT = CalibrationInfo(source="x", sha256="b" * 64, num_tokens=64, num_windows=2, domains=("prose",))
+WINDOWS = Windows(
+    tokens=np.arange(64, dtype=np.int32).reshape(2, 32), domain_index=np.zeros(2, dtype=np.int32), info=TEXT
+)
 COSTS = np.array([[0.1, 0.2], [0.3, 0.4]])
 
 
 def _key(**changed: Any) -> str:
     parts: dict[str, Any] = {
         "model": MODEL,
-        "calibration": TEXT,
+        "windows": WINDOWS,
         "options": MeasureOptions(),
         "float_dtype": "bf16",
     }
@@ -41,15 +45,27 @@ def test_another_key_or_no_resume_starts_anew(tmp_path: Path, key: str, resume: 
     file = tmp_path / "journal"
     Journal.open(file, "key", resume=True).add("a", COSTS)
     assert Journal.open(file, key, resume=resume).costs == {}
-    assert file.read_bytes() == key.encode() + b"\n"
+    assert journal_path(file, key).read_bytes() == key.encode() + b"\n"
+
+
+def test_journals_of_other_settings_stay_until_the_output_is_done(tmp_path: Path) -> None:
+    file, other = tmp_path / "journal", tmp_path / "journal2"
+    Journal.open(file, "k" * 64, resume=True).add("a", COSTS)
+    Journal.open(file, "l" * 64, resume=False).finish(make_table(), 8)
+    Journal.open(other, "k" * 64, resume=True)
+    assert list(Journal.open(file, "k" * 64, resume=True).costs) == ["a"]
+    discard_journal(file)
+    assert list(tmp_path.iterdir()) == [journal_path(other, "k" * 64)]
 
 
 @pytest.mark.parametrize(
     "changed",
     [
         {"model": replace(MODEL, sha256="c" * 64)},
-        {"calibration": replace(TEXT, sha256="c" * 64)},
-        {"calibration": replace(TEXT, num_windows=3)},
+        {"windows": replace(WINDOWS, info=replace(TEXT, sha256="c" * 64))},
+        {"windows": replace(WINDOWS, tokens=WINDOWS.tokens + 1)},
+        {"windows": replace(WINDOWS, tokens=WINDOWS.tokens.reshape(4, 16))},
+        {"windows": replace(WINDOWS, domain_index=np.array([0, 1], dtype=np.int32))},
         {"float_dtype": "float32"},
         *(
             {"options": MeasureOptions(**{name: value})}
@@ -111,7 +127,7 @@ def test_without_a_file_nothing_is_kept(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_clearly(tmp_path: Path) -> None:
     file = tmp_path / "journal"
     journal = Journal.open(file, "key", resume=True)
-    file.unlink()
-    file.mkdir()
+    journal_path(file, "key").unlink()
+    journal_path(file, "key").mkdir()
     with pytest.raises(errors.ResourceError, match="cannot write"):
         journal.add("a", COSTS)

@@ -125,6 +125,11 @@ def test_floor_of_the_family_holds_unless_pinned() -> None:
     assert labels(pinned) == {"a": "4g64", "b": "4g64"}
 
 
+def test_pin_below_everything_measured_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"2g64 costs a .* 4g64, 8g64 only.* 2g64 added to --candidate-bits"):
+        allocate(two_units(), AllocateOptions(target_bpw=8.5, pin=("a=2",)))
+
+
 def test_pin_to_an_unmeasured_choice_uses_the_next_cheaper_measurement() -> None:
     allocation = allocate(two_units(), AllocateOptions(target_bpw=8.5, pin=("a=6", "b=4")))
     assert labels(allocation) == {"a": "6g64", "b": "4g64"}

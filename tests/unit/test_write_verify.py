@@ -1,5 +1,7 @@
 import json
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, save_model
 from support_models import LLAMA, QWEN3_MOE, quantize_by, read_json, save_model_folder, tiny_model
 
-from mlx_optiq_ext.errors import UsageError, VerificationError
+from mlx_optiq_ext.errors import ResourceError, UsageError, VerificationError
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.quant.verify import compare_bytes, compare_config, inspect_checkpoint, verify_checkpoint
 from mlx_optiq_ext.quant.write import CheckpointWriter, quantization_config
@@ -242,3 +244,37 @@ def test_cut_weight_file_is_refused_before_a_process_starts(copy: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(VerificationError, match="cut off or damaged"):
         verify_checkpoint(copy, mixed_plan())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_verification_is_a_lack_of_resources(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def killed(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, -number, "", "")
+
+    monkeypatch.setattr(subprocess, "run", killed)
+    with pytest.raises(ResourceError, match=f"killed \\({number.name}\\)"):
+        inspect_checkpoint(checkpoint, mixed_plan())
+
+
+def test_a_verification_that_hangs_ends_with_its_time_limit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hangs(command: list[str], *, timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(ResourceError, match="within 60 minutes"):
+        inspect_checkpoint(checkpoint, mixed_plan())
+
+
+def test_a_tokenizer_that_cannot_be_written_is_a_lack_of_resources(tmp_path: Path) -> None:
+    class Full:
+        def save_pretrained(self, folder: str) -> None:
+            raise OSError(28, "No space left on device", f"{folder}/tokenizer.json")
+
+    writer = CheckpointWriter(tmp_path)
+    writer.add("norm.weight", mx.ones(4))
+    with pytest.raises(ResourceError, match=r"cannot write .*tokenizer\.json: No space left"):
+        writer.finish({"model_type": "llama"}, BitMap(choices={}), tokenizer=Full())

@@ -14,6 +14,7 @@ from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.allocation import write_allocation
+from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.quant.bitmap import allocate
 from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", metavar="FILE", help="Write the bit map with its prediction here (JSON)."
     )
+    parser.add_argument("--force", action="store_true", help="Replace a bit map that is already there.")
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """Allocate, write the bit map where asked for, and show what was chosen."""
     console = Console.from_args(args)
     options = options_from(args, AllocateOptions)
+    if args.out:
+        require_absent_file(Path(args.out), force=args.force)
     table = read_sensitivity(args.table)
     kv_bytes = None
     if options.fit is not None:

@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
     options = options_from(args, ConvertOptions)
     out = Path(args.out)
     require_absent(out)
-    ref = resolve_model(args.model, options.measure.revision, progress=console.progress)
+    ref = resolve_model(
+        args.model, options.measure.revision, progress=console.progress,
+        trust_remote_code=options.measure.trust_remote_code,
+    )  # fmt: skip
     result = convert_model(ref, options, out, progress=console.progress)
     for note in result.notes:
         console.note(f"note: {note}")

@@ -11,11 +11,15 @@ from pathlib import Path
 
 from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
-from mlx_optiq_ext.formats.sensitivity import write_sensitivity
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.atomic import require_absent_file
+from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
+from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.measure.domains import DomainAgreement, domain_rank_correlation
 from mlx_optiq_ext.quant.journal import discard_journal
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
+from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.quant import SensitivityTable
 
@@ -32,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", metavar="FILE", default="sensitivity.json", help="Sensitivity file to write."
     )
+    parser.add_argument(
+        "--force", action="store_true", help="Replace a file of another model that is already there."
+    )
     add_options(parser, MeasureOptions)
 
 
@@ -39,8 +46,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the sensitivity file, and show where the model is sensitive."""
     console = Console.from_args(args)
     options = options_from(args, MeasureOptions)
-    ref = resolve_model(args.model, options.revision, progress=console.progress)
+    ref = resolve_model(
+        args.model, options.revision, progress=console.progress, trust_remote_code=options.trust_remote_code
+    )
     out = Path(args.out)
+    require_absent_file(out, force=args.force or _is_of_model(out, ref))
     journal = out.with_name(f".{out.name}.journal")
     table = measure_sensitivity(ref, options, journal_file=journal, progress=console.progress)
     write_sensitivity(out, table)
@@ -58,6 +68,14 @@ def render(table: SensitivityTable) -> str:
     if len(table.domains) > 1:
         parts.append(_agreement(table))
     return "\n\n".join(parts)
+
+
+def _is_of_model(file: Path, ref: ModelRef) -> bool:
+    """Whether a file is a sensitivity file of this very model, which measuring again may replace."""
+    try:
+        return file.is_file() and read_sensitivity(file).model.sha256 == fingerprint(ref).sha256
+    except UsageError:
+        return False
 
 
 def _totals(table: SensitivityTable) -> str:

@@ -11,7 +11,7 @@ from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.eval.score import parse_uniform, score
-from mlx_optiq_ext.formats.atomic import write_bytes_atomic
+from mlx_optiq_ext.formats.atomic import require_absent_file, write_bytes_atomic
 from mlx_optiq_ext.formats.score import encode_score
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.quant.report import comparison_table
@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", default=None, metavar="FILE", help="Also write the scores to this JSON file."
     )
+    parser.add_argument(
+        "--force", action="store_true", help="Replace a file of scores that is already there."
+    )
     add_options(parser, ScoreOptions)
 
 
@@ -39,8 +42,16 @@ def run(args: argparse.Namespace) -> int:
     options = options_from(args, ScoreOptions)
     if not args.candidates and not parse_uniform(options.uniform):
         raise UsageError("nothing to score: name a checkpoint or give --uniform 4,5,6")
-    reference = resolve_model(args.reference, args.revision, progress=console.progress)
-    candidates = [resolve_model(source, None, progress=console.progress) for source in args.candidates]
+    if args.out is not None:
+        require_absent_file(Path(args.out), force=args.force)
+    trust = options.trust_remote_code
+    reference = resolve_model(
+        args.reference, args.revision, progress=console.progress, trust_remote_code=trust
+    )
+    candidates = [
+        resolve_model(source, None, progress=console.progress, trust_remote_code=trust)
+        for source in args.candidates
+    ]
     report = score(reference, candidates, options, console.progress)
     if args.out is not None:
         write_bytes_atomic(Path(args.out), encode_score(report))
