@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +222,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_goes_on(
     out = tmp_path / "out"
     options = _options(text)
     script = (
-        "import sys, time\n"
+        "import os, signal, sys\n"
         "from pathlib import Path\n"
         "import msgspec\n"
         "from mlx_optiq_ext.blas import preload_blas\n"
@@ -231,22 +230,16 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_goes_on(
         "from mlx_optiq_ext.convert.model import convert_model\n"
         "from mlx_optiq_ext.types.model import ModelRef\n"
         "from mlx_optiq_ext.types.options import ConvertOptions\n"
-        "def show(progress):\n"
-        "    print(progress.stage, flush=True)\n"
-        "    time.sleep(0.3)\n"
+        "def die(progress):\n"
+        "    if progress.stage == sys.argv[4]:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "options = msgspec.json.decode(sys.argv[2], type=ConvertOptions)\n"
         "ref = ModelRef(path=sys.argv[1], source='model')\n"
-        "convert_model(ref, options, Path(sys.argv[3]), progress=show)\n"
+        "convert_model(ref, options, Path(sys.argv[3]), progress=die)\n"
     )
-    command = [sys.executable, "-c", script, ref.path, msgspec.json.encode(options).decode(), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == stage:
-            time.sleep(0.1)
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    words = [ref.path, msgspec.json.encode(options).decode(), str(out), stage]
+    done = subprocess.run([sys.executable, "-c", script, *words], env=ENVIRONMENT, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     assert all(entry.name.startswith(".out.") for entry in tmp_path.iterdir())
     assert not list(tmp_path.rglob("config.json"))

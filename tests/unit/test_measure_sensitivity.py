@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +143,13 @@ def test_a_finished_measurement_is_answered_without_a_forward_pass(
     assert measure_sensitivity(dense, quick_options(text), journal_file=journal) == first
 
 
-@pytest.mark.parametrize("num_lines", [2, 9])
-def test_a_killed_process_is_continued(dense: ModelRef, text: Path, tmp_path: Path, num_lines: int) -> None:
+@pytest.mark.parametrize("num_units", [1, 9])
+def test_a_killed_process_is_continued(dense: ModelRef, text: Path, tmp_path: Path, num_units: int) -> None:
     """SIGKILL in the middle of measuring: the next run has the table of an undisturbed one."""
     journal = tmp_path / "journal"
     options = quick_options(text)
     script = (
-        "import sys, time\n"
+        "import os, signal, sys\n"
         "from pathlib import Path\n"
         "import msgspec\n"
         "from mlx_optiq_ext.blas import preload_blas\n"
@@ -159,22 +158,17 @@ def test_a_killed_process_is_continued(dense: ModelRef, text: Path, tmp_path: Pa
         "from mlx_optiq_ext.types.model import ModelRef\n"
         "from mlx_optiq_ext.types.options import MeasureOptions\n"
         "options = msgspec.json.decode(sys.argv[2], type=MeasureOptions)\n"
-        "slow = lambda progress: time.sleep(0.1) if progress.stage == 'measure' else None\n"
+        "def die(progress):\n"
+        "    if progress.stage == 'measure' and progress.done == int(sys.argv[4]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "ref = ModelRef(path=sys.argv[1], source='dense')\n"
-        "measure_sensitivity(ref, options, journal_file=Path(sys.argv[3]), progress=slow)\n"
+        "measure_sensitivity(ref, options, journal_file=Path(sys.argv[3]), progress=die)\n"
     )
-    command = [sys.executable, "-c", script, dense.path, msgspec.json.encode(options).decode(), str(journal)]
-    process = subprocess.Popen(command)
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        lines = [line for file in tmp_path.glob("journal.*") for line in file.read_bytes().splitlines()]
-        if len(lines) >= num_lines:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.02)
-    assert process.wait() == -signal.SIGKILL
-    kept = sum(len(file.read_bytes().splitlines()) for file in tmp_path.glob("journal.*")) - 1
-    assert 0 < kept < 15
+    words = [dense.path, msgspec.json.encode(options).decode(), str(journal), str(num_units)]
+    done = subprocess.run([sys.executable, "-c", script, *words], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    kept = sum(len(file.read_bytes().splitlines()) for file in tmp_path.glob("journal*")) - 1
+    assert kept == num_units
     assert measure_sensitivity(dense, options, journal_file=journal) == measure_sensitivity(dense, options)
 
 
