@@ -73,7 +73,9 @@ def _holders(tree: Any) -> list[Any]:
                 visit(child)
 
     visit(tree)
-    return list(found.values())
+    holders = list(found.values())
+    found.clear()  # ``visit`` refers to itself and to it: it would keep what the holders hold alive
+    return holders
 
 
 def _contents(holder: Any) -> Any:
