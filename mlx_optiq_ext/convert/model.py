@@ -1,11 +1,12 @@
 """The whole conversion as one readable function: measure, allocate, rewrite, verify, score, describe.
 
-Called by ``optiq convert`` and by the stock commands' "optiq" recipe. What is written is an ordinary MLX
-checkpoint; the output folder appears under its name only when it is complete and verified.
+Called by ``optiq convert`` and by the stock commands' "optiq" recipe. The output, an ordinary MLX
+checkpoint, appears under its name only when it is complete and verified.
 """
 
 import hashlib
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,13 @@ from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.convert.describe import command_line, write_card
+from mlx_optiq_ext.convert.given import calibration_notes, refuse_measuring_options, restrict_candidates
 from mlx_optiq_ext.convert.rewrite import Rewriter
+from mlx_optiq_ext.convert.scoring import score_conversion
 from mlx_optiq_ext.convert.table import outline_table, read_table
-from mlx_optiq_ext.errors import MeasurementError, ResourceError, UsageError
-from mlx_optiq_ext.eval.score import score
-from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent, write_bytes_atomic
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent
 from mlx_optiq_ext.formats.metadata import write_metadata
-from mlx_optiq_ext.formats.score import encode_score
 from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, write_sensitivity
 from mlx_optiq_ext.hub.upload import check_upload, upload_folder
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
@@ -35,10 +36,10 @@ from mlx_optiq_ext.quant.verify import verify_checkpoint
 from mlx_optiq_ext.quant.write import CheckpointWriter
 from mlx_optiq_ext.types.metadata import CheckpointMetadata, MeasuredDivergence
 from mlx_optiq_ext.types.model import ModelRef
-from mlx_optiq_ext.types.options import ConvertOptions, ScoreOptions
+from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
 from mlx_optiq_ext.types.quant import Allocation, BitMap, SensitivityTable
-from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
+from mlx_optiq_ext.types.score import ScoreReport
 from mlx_optiq_ext.types.verify import VerifyReport
 
 __all__ = ["ConversionResult", "convert_model", "expand_bit_map", "work_folder"]
@@ -77,31 +78,36 @@ def work_folder(out: Path) -> Path:
 
 
 def convert_model(
-    ref: ModelRef, options: ConvertOptions, out: Path, *, progress: ProgressSink = ignore_progress
+    ref: ModelRef,
+    options: ConvertOptions,
+    out: Path,
+    *,
+    progress: ProgressSink = ignore_progress,
+    given: Collection[str] = (),
 ) -> ConversionResult:
     """Turn a model into a mixed-precision MLX checkpoint within a budget.
 
     A stopped conversion leaves its measurements in :func:`work_folder`; the same call continues them.
+    Stopped while it scores, it completes the checkpoint without a score and only then ends.
 
     Args:
         ref: The unquantized model.
         options: How to measure and what to spend; exactly one target must be set.
         out: Folder to make; must not exist.
+        given: Names of the options that the user set, where that is known: with a sensitivity file those
+            that only a measurement would obey are refused, and candidates choose from the file.
         progress: Stages ``forward``, ``measure``, ``probe``, ``write``, ``score``.
     Raises:
         OutputExists, BudgetInfeasible, UsageError, ModelError, ResourceError: Before any long work.
         MeasurementError: A number is not finite.
         VerificationError: What was written is not what was planned; it is kept as ``OUT.incomplete``.
+        KeyboardInterrupt: Stopped; while scoring, after ``out`` is in place.
     """
     started = time.monotonic()
     mx.reset_peak_memory()
-    reference, given = _check(ref, options, out)
-    table = given or measure_sensitivity(
-        ref,
-        options.measure,
-        journal_file=work_folder(out) / _JOURNAL,
-        progress=progress,
-        reference=reference,
+    reference, given_table = _check(ref, options, out, given)
+    table = given_table or measure_sensitivity(
+        ref, options.measure, journal_file=work_folder(out) / _JOURNAL, progress=progress, reference=reference
     )
     allocation = replace(_allocate(table, options, reference), correction=_level(options))
     bit_map = expand_bit_map(table, allocation)
@@ -112,7 +118,7 @@ def convert_model(
             allocation=allocation,
             forward_equivalents=table.forward_equivalents,
             peak_nbytes=int(mx.get_peak_memory()),
-            notes=(*table.notes, *_correction_notes(table, options), *_fallback_notes(fallbacks)),
+            notes=(*table.notes, *_table_notes(table, options), *_fallback_notes(fallbacks)),
         )
         del reference
         mx.clear_cache()
@@ -122,10 +128,12 @@ def convert_model(
                 trust_remote_code=options.measure.trust_remote_code,
             )  # fmt: skip
             result = replace(result, verification=report)
-        result = _score(ref, options, folder, out, result, progress)
+        result, stopped = _score(ref, table, options, folder, result, progress)
         result = replace(result, seconds=round(time.monotonic() - started, 1))
         _describe(ref, table, options, folder, result)
     _clear_work(out)
+    if stopped is not None:
+        raise stopped
     if options.upload_repo:
         upload_folder(out, options.upload_repo, progress=progress)
     return result
@@ -139,17 +147,21 @@ def expand_bit_map(table: SensitivityTable, allocation: Allocation) -> BitMap:
     )
 
 
-def _check(ref: ModelRef, options: ConvertOptions, out: Path) -> _Checked:
+def _check(ref: ModelRef, options: ConvertOptions, out: Path, names: Collection[str]) -> _Checked:
     """Everything that can be known to fail before the long work."""
     require_absent(out)
     targets = [options.allocate.target_bpw, options.allocate.target_size, options.allocate.fit]
     if all(target is None for target in targets):
         raise UsageError("no target: give --target-bpw 5.0, --target-size 4.5GB or --fit 8GB")
+    if options.sensitivity:
+        refuse_measuring_options(names)
     if options.upload_repo:
         check_upload(options.upload_repo)
     reference = open_reference(ref, options.measure)
     _set_dtype(reference, options)
     given = read_table(Path(options.sensitivity), reference) if options.sensitivity else None
+    if given is not None:
+        given = restrict_candidates(given, options.measure, names)
     allocation = _allocate(given or outline_table(reference, options.measure), options, reference)
     check_disk_space(out.absolute().parent, allocation.nbytes)
     if _level(options) != "none":
@@ -206,11 +218,14 @@ def _write(
     return rewriter.fallbacks
 
 
-def _correction_notes(table: SensitivityTable, options: ConvertOptions) -> tuple[str, ...]:
+def _table_notes(table: SensitivityTable, options: ConvertOptions) -> tuple[str, ...]:
+    """How the measurement and the rounding differ."""
     level = _level(options)
+    notes = calibration_notes(table, options.measure) if level != "none" else ()
     if table.method in ("static", "published") or table.correction == level:
-        return ()
+        return notes
     return (
+        *notes,
         f"measured with correction {table.correction}, written with {level}; the prediction is for the first",
     )
 
@@ -223,29 +238,21 @@ def _fallback_notes(fallbacks: list[str]) -> tuple[str, ...]:
 
 
 def _score(
-    ref: ModelRef,
-    options: ConvertOptions,
-    folder: Path,
-    out: Path,
-    result: ConversionResult,
+    ref: ModelRef, table: SensitivityTable, options: ConvertOptions, folder: Path, result: ConversionResult,
     progress: ProgressSink,
-) -> ConversionResult:
-    """Compare with the reference and with uniform choices around the achieved bits, on held-out text."""
+) -> tuple[ConversionResult, KeyboardInterrupt | None]:  # fmt: skip
+    """Score on held-out text; being stopped here is handed back, since the checkpoint is complete."""
     if not options.score:
-        return result
-    candidate = ModelRef(path=str(folder), source=out.name)
-    nearest = sorted(
-        (row for row in result.allocation.uniform if "g" in row[0]),
-        key=lambda row: abs(row[1] - result.allocation.achieved_bpw),
-    )[:2]
-    uniform = ",".join(label for label, _, _ in sorted(nearest, key=lambda row: row[1]))
-    wanted = ScoreOptions(uniform=uniform, trust_remote_code=options.measure.trust_remote_code)
+        return result, None
+    stopped = None
     try:
-        report = score(ref, [candidate], wanted, progress, labels=[out.name])
-    except (ResourceError, MeasurementError) as error:
-        return replace(result, notes=(*result.notes, f"not scored: {error}"))
-    write_bytes_atomic(folder / SCORE_FILE, encode_score(report))
-    return replace(result, score=report)
+        report, notes = score_conversion(
+            ref, folder, Path(result.out).name, result.allocation, progress,
+            trust_remote_code=options.measure.trust_remote_code, has_prediction=table.method != "static",
+        )  # fmt: skip
+    except KeyboardInterrupt as error:
+        stopped, report, notes = error, None, ("not scored: stopped by the user",)
+    return replace(result, score=report, notes=(*result.notes, *notes)), stopped
 
 
 def _describe(
@@ -258,7 +265,10 @@ def _describe(
     if result.score is not None:
         row = next(row for row in result.score.rows if row.role == "candidate")
         measured = MeasuredDivergence(
-            divergence=row.divergence, stderr=row.divergence_stderr, held_out=result.score.held_out
+            divergence=row.divergence,
+            stderr=row.divergence_stderr,
+            half_width=row.divergence_half_width,
+            held_out=result.score.held_out,
         )
     metadata = CheckpointMetadata(
         package_version=__version__,

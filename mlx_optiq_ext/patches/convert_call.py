@@ -28,6 +28,8 @@ class ConvertCall(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     out: str
     options: ConvertOptions
+    given: tuple[str, ...] = ()
+    """Options that the caller set."""
 
 
 def convert_call(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> ConvertCall:
@@ -60,11 +62,13 @@ def convert_call(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> ConvertCa
             f"--q-mode {stock['q_mode']} does not go with --quant-predicate optiq; offer the mode as a "
             f"choice instead: --optiq-candidate-bits 4,6,8,{stock['q_mode']}"
         )
-    options = {f"optiq_{name}": value for name, value in _merged(stock, ours).items()}
+    merged = _merged(stock, ours)
+    options = {f"optiq_{name}": value for name, value in merged.items()}
     return ConvertCall(
         source=str(stock["hf_path"]),
         out=str(stock["mlx_path"]),
         options=options_from(argparse.Namespace(**options), ConvertOptions, prefix="optiq-"),
+        given=tuple(merged),
     )
 
 
@@ -83,7 +87,7 @@ def run_call(call: ConvertCall) -> None:
         reference = resolve_model(
             call.source, measure.revision, progress, trust_remote_code=measure.trust_remote_code
         )
-        result = convert_model(reference, call.options, Path(call.out), progress=progress)
+        result = convert_model(reference, call.options, Path(call.out), progress=progress, given=call.given)
     for note in result.notes:
         print(f"[WARNING] {note}", file=sys.stderr)
     print(f"[INFO] Wrote {call.out} with {result.allocation.achieved_bpw:.3f} bits per weight.")

@@ -15,6 +15,7 @@ from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.card import has_chat_template
 from mlx_optiq_ext.convert.model import ConversionResult, convert_model
+from mlx_optiq_ext.formats.arguments import option_names
 from mlx_optiq_ext.formats.atomic import require_absent
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         args.model, options.measure.revision, progress=console.progress,
         trust_remote_code=options.measure.trust_remote_code,
     )  # fmt: skip
-    result = convert_model(ref, options, out, progress=console.progress)
+    given = {name for name in option_names(ConvertOptions) if hasattr(args, name)}
+    result = convert_model(ref, options, out, progress=console.progress, given=given)
     for note in result.notes:
         console.note(f"note: {note}")
     console.result(result, "" if console.json_output else render(result, is_terminal=console.out.isatty()))
