@@ -8,7 +8,7 @@ BEGIN = "<!-- results: begin (written from benchmarks/, do not edit by hand) -->
 END = "<!-- results: end -->"
 MODELS = {
     "smollm2-135m-dithered": "SmolLM2-135M-Instruct, weights dithered off their 4-bit grid",
-    "dense-16m": "dense-16m, a Llama of 16 M with native bf16 weights (trained for these tests, not distributed)",
+    "dense-16m": "dense-16m, a Llama of 16 M with native bf16 weights (trained for this, not distributed)",
     "moe-16m": "moe-16m, a Qwen3-MoE of 16 M with native bf16 weights (likewise)",
 }
 BUDGETS = ("3.5", "4.0", "4.5", "5.0", "5.5", "6.0")
