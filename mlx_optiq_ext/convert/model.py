@@ -247,7 +247,7 @@ def _score(
     stopped = None
     try:
         report, notes = score_conversion(
-            ref, folder, Path(result.out).name, result.allocation, progress,
+            ref, ModelRef(path=str(folder), source=Path(result.out).name), result.allocation, progress,
             trust_remote_code=options.measure.trust_remote_code, has_prediction=table.method != "static",
         )  # fmt: skip
     except KeyboardInterrupt as error:

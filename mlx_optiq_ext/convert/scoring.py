@@ -23,8 +23,7 @@ _TRUSTED = (0.5, 2.0)
 
 def score_conversion(
     ref: ModelRef,
-    folder: Path,
-    name: str,
+    candidate: ModelRef,
     allocation: Allocation,
     progress: ProgressSink,
     *,
@@ -33,6 +32,13 @@ def score_conversion(
 ) -> tuple[ScoreReport | None, tuple[str, ...]]:
     """Compare with the reference and with uniform choices around the achieved bits; writes the record.
 
+    Args:
+        ref: The unquantized model.
+        candidate: The written checkpoint; its source is the name to show.
+        allocation: What was planned and predicted.
+        progress: Stage ``score``.
+        trust_remote_code: Run code of the checkpoint.
+        has_prediction: False where the sensitivities are by shape and predict nothing.
     Returns:
         The report and notes on it; no report, and the reason as a note, where scoring fails.
     """
@@ -42,10 +48,9 @@ def score_conversion(
     )[:2]
     uniform = ",".join(label for label, _, _ in sorted(nearest, key=lambda row: row[1]))
     wanted = ScoreOptions(uniform=uniform, trust_remote_code=trust_remote_code)
-    candidate = ModelRef(path=str(folder), source=name)
     try:
-        report = score(ref, [candidate], wanted, progress, labels=[name])
-        write_bytes_atomic(folder / SCORE_FILE, encode_score(report))
+        report = score(ref, [candidate], wanted, progress, labels=[candidate.source])
+        write_bytes_atomic(Path(candidate.path) / SCORE_FILE, encode_score(report))
     except OptiqError as error:  # the checkpoint is good without a score
         return None, (f"not scored: {error}",)
     return report, score_notes(report, allocation, has_prediction=has_prediction)
