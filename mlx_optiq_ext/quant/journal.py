@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mlx_optiq_ext import __version__
 from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
 from mlx_optiq_ext.measure.calibration import Windows
+from mlx_optiq_ext.quant.sources import measuring_code
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.quant import ModelFingerprint, SensitivityTable
 
@@ -35,7 +35,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 def journal_key(model: ModelFingerprint, windows: Windows, options: MeasureOptions, float_dtype: str) -> str:
-    """Hash of everything that the costs depend on.
+    """Hash of everything that the costs depend on; the code that measures is part of it.
 
     Args:
         model: What was measured.
@@ -49,7 +49,7 @@ def journal_key(model: ModelFingerprint, windows: Windows, options: MeasureOptio
     tokens = np.ascontiguousarray(windows.tokens)
     parts = [
         *(model.sha256, windows.info.sha256, windows.info.domains, tokens.shape, str(tokens.dtype)),
-        *(relevant, float_dtype, __version__),
+        *(relevant, float_dtype, measuring_code()),
     ]
     digest = hashlib.sha256(msgspec.json.encode(parts, order="sorted"))
     digest.update(tokens.tobytes())
@@ -82,13 +82,11 @@ class Journal:
 
     Args:
         file: Its own file, opened for appending; None keeps nothing.
-        key: See :func:`journal_key`.
         costs: What it held already: path → (C, W).
     """
 
-    def __init__(self, file: Path | None, key: str, costs: dict[str, Floats]) -> None:
+    def __init__(self, file: Path | None, costs: dict[str, Floats]) -> None:
         self._file = file
-        self._key = key
         self.costs = costs
         self.gains: dict[str, Floats] = {}
         """Per path what the costs of each choice were multiplied by (C,); see ``errors_of.Costs``."""
@@ -105,7 +103,7 @@ class Journal:
             resume: False starts anew; journals of other keys stay.
         """
         if file is None:
-            return cls(None, key, {})
+            return cls(None, {})
         file = journal_path(file, key)
         costs: dict[str, Floats] = {}
         gains: dict[str, Floats] = {}
@@ -125,7 +123,7 @@ class Journal:
                 table.unlink()
         written = [key.encode(), *(_encode(path, c, gains.get(path)) for path, c in costs.items())]
         write_bytes_atomic(file, b"\n".join(written) + b"\n")
-        journal = cls(file, key, costs)
+        journal = cls(file, costs)
         journal.gains = gains
         return journal
 

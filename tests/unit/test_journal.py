@@ -11,6 +11,7 @@ from support_tables import make_table
 from mlx_optiq_ext import errors
 from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.quant import journal as journal_module
+from mlx_optiq_ext.quant import sources
 from mlx_optiq_ext.quant.journal import Journal, discard_journal, journal_key, journal_path
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.quant import CalibrationInfo, ModelFingerprint
@@ -81,10 +82,50 @@ def test_whatever_costs_depend_on_changes_the_key(changed: dict[str, Any]) -> No
     assert _key(**changed) != _key()
 
 
-def test_another_version_of_the_code_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_measuring_code_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = _key()
-    monkeypatch.setattr(journal_module, "__version__", "99.0")
+    monkeypatch.setattr(journal_module, "measuring_code", lambda: "other")
     assert _key() != before
+
+
+@pytest.mark.parametrize(("name", "value"), [("__version__", "99.0"), ("_FOLDERS", ("quant",))])
+def test_another_version_or_other_sources_are_other_code(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    before = sources.measuring_code.__wrapped__()
+    assert before == sources.measuring_code()
+    monkeypatch.setattr(sources, name, value)
+    assert sources.measuring_code.__wrapped__() != before
+
+
+def test_other_versions_of_the_libraries_are_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sources.measuring_code()
+    monkeypatch.setattr(sources, "version", lambda _name: "99.0")
+    assert sources.measuring_code.__wrapped__() != before
+
+
+def test_every_change_of_a_source_file_changes_their_hash(tmp_path: Path) -> None:
+    def write(folder: str, **files: str) -> str:
+        for name, text in files.items():
+            (tmp_path / folder / "quant").mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "quant" / f"{name}.py").write_text(text)
+        return sources.sources_hash([tmp_path / folder / "quant"])
+
+    before = write("a", fit="x = 1", gptq="y = 2")
+    assert write("elsewhere", gptq="y = 2", fit="x = 1") == before
+    others = [
+        write("edited", fit="x = 1 ", gptq="y = 2"),
+        write("renamed", fit="x = 1", full="y = 2"),
+        write("swapped", fit="y = 2", gptq="x = 1"),
+        write("added", fit="x = 1", gptq="y = 2", more=""),
+    ]
+    assert len({before, *others}) == 5
+
+
+def test_the_hashed_sources_are_those_that_measure() -> None:
+    for name in ("measure/fisher", "models/tape", "quant/sensitivity", "quant/fit", "types/quant"):
+        assert (sources._PACKAGE / f"{name}.py").is_file()
+        assert name.split("/")[0] in sources._FOLDERS
 
 
 @pytest.mark.parametrize("name", ["resume", "probes", "reference", "trust_remote_code"])
