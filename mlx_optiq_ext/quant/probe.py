@@ -19,9 +19,11 @@ from mlx_optiq_ext.quant.correct import Level, pack, unpack
 from mlx_optiq_ext.quant.errors_of import Floats
 from mlx_optiq_ext.quant.journal import Journal
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
-from mlx_optiq_ext.types.quant import Choice, Probe, Unit
+from mlx_optiq_ext.types.quant import Choice, Probe, ProbeCheck, Unit
 
-__all__ = ["Prober", "Rounding", "check_estimates", "probe_every_choice", "replaced", "unit_gains"]
+__all__ = [
+    "Prober", "Rounding", "check_estimates", "check_note", "probe_every_choice", "replaced", "unit_gains"
+]  # fmt: skip
 
 _FIRST_LOOK = 24
 _CLOSE = 0.25
@@ -49,7 +51,7 @@ class Rounding(NamedTuple):
     level: Level
     float_dtype: mx.Dtype
     importance: Mapping[str, mx.array]
-    """E[x_j²] by path; a path without it is rounded plainly."""
+    """E[x_j²] by path, of an embedding E[g_j²]; a path without it is rounded plainly."""
     gains: Mapping[tuple[str, Choice], float] = {}
     """Part of the estimate by unit and choice that the full correction leaves (:func:`unit_gains`)."""
 
@@ -108,7 +110,7 @@ def check_estimates(
     windows: Windows,
     limit: int,
     progress: ProgressSink,
-) -> tuple[float, tuple[str, ...]]:
+) -> tuple[float, ProbeCheck | None]:
     """Run exact probes on a sample of tensors and say how far the estimates are from them.
 
     Half of the sample are the costliest tensors, half are spread over the rest; each is probed at two
@@ -121,7 +123,7 @@ def check_estimates(
     Args:
         limit: Most forward-equivalents to spend.
     Returns:
-        Forward-equivalents spent, and a note for people.
+        Forward-equivalents spent, and what was found; None where nothing could be compared.
     """
     prober = Prober(tape, _one_window_per_domain(windows))
     table = {(p.path, p.choice): p for p in estimates}
@@ -141,14 +143,20 @@ def check_estimates(
             break
     progress(Progress(stage="probe", done=limit, total=limit))
     if not ratios:
-        return spent, ()
+        return spent, None
     middle, low, high = (float(np.exp(np.quantile(ratios, q))) for q in (0.5, 0.1, 0.9))
+    return spent, ProbeCheck(num_probes=len(ratios), ratio=middle, low=low, high=high)
+
+
+def check_note(check: ProbeCheck) -> str:
+    """What :func:`check_estimates` found, for people."""
     note = (
-        f"{len(ratios)} exact probes: exact / estimate is {middle:.2f} (80 % of them {low:.2f} to {high:.2f})"
+        f"{check.num_probes} exact probes: exact / estimate is {check.ratio:.2f} "
+        f"(80 % of them {check.low:.2f} to {check.high:.2f})"
     )
-    if not _RATIO_RANGE[0] <= middle <= _RATIO_RANGE[1]:
+    if not _RATIO_RANGE[0] <= check.ratio <= _RATIO_RANGE[1]:
         note += "; predicted divergences are off by about that, the order of tensors less so"
-    return spent, (note,)
+    return note
 
 
 def probe_every_choice(

@@ -25,13 +25,13 @@ from mlx_optiq_ext.models.walk import get_module, total_numel
 from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
-from mlx_optiq_ext.quant.probe import Rounding, check_estimates, probe_every_choice, unit_gains
+from mlx_optiq_ext.quant.probe import Rounding, check_estimates, check_note, probe_every_choice, unit_gains
 from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import MeasureOptions
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
-from mlx_optiq_ext.types.quant import KEEP, CalibrationInfo, Probe, SensitivityTable, Unit
+from mlx_optiq_ext.types.quant import KEEP, CalibrationInfo, Probe, ProbeCheck, SensitivityTable, Unit
 
 __all__ = ["measure_sensitivity"]
 
@@ -113,6 +113,7 @@ class _Found(NamedTuple):
     cost: float = 0.0
     notes: tuple[str, ...] = ()
     columns: dict[str, tuple[float, ...]] = {}  # noqa: RUF012 - never changed
+    check: ProbeCheck | None = None
 
 
 def _sweep(run: _Run) -> _Found:
@@ -127,17 +128,16 @@ def _fisher(run: _Run) -> _Found:
     options, reference = run.options, run.reference
     estimate = _estimate(run)
     probes, notes = estimate.probes, estimate.notes
-    cost = 1.0 + 3.0 * options.label_samples
+    cost, check = 1.0 + 3.0 * options.label_samples, None
     if options.probes and reference.how == "resident":
         gains = unit_gains(run.units, run.journal)
         rounding = Rounding(run.units, options.correction, reference.stored_dtype, estimate.importance, gains)
-        spent, remarks = check_estimates(
-            run.tape, rounding, probes, run.windows, options.probes, run.progress
-        )
-        cost, notes = cost + spent, notes + remarks
+        spent, check = check_estimates(run.tape, rounding, probes, run.windows, options.probes, run.progress)
+        cost += spent
+        notes += (check_note(check),) if check else ()
     elif options.probes:
         notes = (*notes, "no exact probes: the model was streamed")
-    return _Found(probes, run.windows.info, options.correction, cost, notes, estimate.columns)
+    return _Found(probes, run.windows.info, options.correction, cost, notes, estimate.columns, check)
 
 
 class _Estimate(NamedTuple):
@@ -182,7 +182,7 @@ def _estimate(run: _Run) -> _Estimate:
                 run.journal.add(path, costs[path], gain)
             report(path)
         mx.clear_cache()
-    _outside(run, lookups, costs, report)
+    importance |= _outside(run, lookups, costs, report)
     unseen = [path for path, unit in by_path.items() if path not in costs and unit.choices != (KEEP,)]
     notes = (
         *coverage,
@@ -196,28 +196,32 @@ def _outside(
     lookups: Mapping[str, UnitStatistics],
     costs: dict[str, Floats],
     report: Callable[[str], None],
-) -> None:
-    """Embeddings and head, once everything else is measured."""
+) -> dict[str, mx.array]:
+    """Embeddings and head, once everything else is measured: adds to ``costs``, returns the importance."""
+    importance: dict[str, mx.array] = {}
+    dtype, level = run.reference.stored_dtype, run.options.correction
     for unit in run.units:
+        path = unit.path
         is_head = any(path in run.tape.heads for path in unit.paths) or run.tape.tied_head in unit.paths
         looked_up = next((lookups[path] for path in unit.paths if path in lookups), None)
-        if not is_head and looked_up is None:
+        felt = HeadStatistics(run.tape) if is_head else looked_up
+        if felt is None:
             continue
-        if unit.path not in costs:
-            weight = get_module(run.reference.model, unit.path).weight
-            dtype, level = run.reference.stored_dtype, run.options.correction
-            if is_head:
-                head = HeadStatistics(run.tape)
-                costs[unit.path], gain = divergence_of_head_choices(
-                    weight, head, looked_up, unit.choices, level=level, float_dtype=dtype
+        importance[path] = felt.importance()
+        mx.eval(importance[path])
+        if path not in costs:
+            weight = get_module(run.reference.model, path).weight
+            if isinstance(felt, HeadStatistics):
+                costs[path], gain = divergence_of_head_choices(
+                    weight, felt, looked_up, unit.choices, level=level, float_dtype=dtype
                 )
             else:
-                assert looked_up is not None
-                costs[unit.path], gain = divergence_of_choices(
-                    weight, looked_up, unit.choices, level=level, float_dtype=dtype
+                costs[path], gain = divergence_of_choices(
+                    weight, felt, unit.choices, level=level, float_dtype=dtype
                 )
-            run.journal.add(unit.path, costs[unit.path], gain)
-        report(unit.path)
+            run.journal.add(path, costs[path], gain)
+        report(path)
+    return importance
 
 
 def _probes(run: _Run, costs: Mapping[str, Floats]) -> tuple[Probe, ...]:
@@ -283,5 +287,6 @@ def _table(
         notes=(*found.calibration.notes, *found.notes),
         forward_equivalents=found.cost,
         code_version=__version__,
+        probe_check=found.check,
         column_importance=found.columns,
     )

@@ -15,9 +15,13 @@ from support_measure import forbid_forward, quick_options, save_tiny, write_cali
 from support_models import LLAMA, QWEN3_MOE, save_model_folder, tiny_model
 
 from mlx_optiq_ext.errors import MeasurementError, UsageError
+from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.models.tape import Tape
+from mlx_optiq_ext.models.walk import get_module
 from mlx_optiq_ext.quant import sensitivity as sensitivity_module
+from mlx_optiq_ext.quant.correct import pack, unpack
 from mlx_optiq_ext.quant.errors_of import divergence_of_choices
+from mlx_optiq_ext.quant.probe import Prober, Rounding
 from mlx_optiq_ext.quant.reference import open_reference
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.types.model import ModelRef
@@ -220,6 +224,81 @@ def test_weights_are_as_before_after_probing(dense: ModelRef, text: Path) -> Non
         tree_flatten(reference.model.parameters()), tree_flatten(fresh.model.parameters()), strict=True
     ):
         assert bool(mx.array_equal(a, b)), name
+
+
+def _checked_with(
+    ref: ModelRef, options: MeasureOptions, monkeypatch: pytest.MonkeyPatch, journal: Path | None = None
+) -> tuple[SensitivityTable, Tape, Rounding, Windows]:
+    """The table, and what its estimates are checked with."""
+    seen: list[tuple[Tape, Rounding, Windows]] = []
+
+    def see(tape: Tape, rounding: Rounding, _: object, windows: Windows, *__: object) -> tuple[float, Any]:
+        seen.append((tape, rounding, windows))
+        return 0.0, ()
+
+    monkeypatch.setattr(sensitivity_module, "check_estimates", see)
+    table = measure_sensitivity(ref, options, journal_file=journal)
+    return table, *seen[0]
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "apart"])
+def test_probes_round_embedding_and_head_as_their_estimates_do(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_tied: bool
+) -> None:
+    config = {**LLAMA, "tie_word_embeddings": is_tied}
+    ref = save_tiny(tmp_path / "model", config)
+    options = quick_options(text, probes=4)
+    table, tape, rounding, windows = _checked_with(ref, options, monkeypatch, tmp_path / "journal")
+    hidden = tape.model.model(mx.array(windows.tokens)).astype(mx.float32)
+    by_head = mx.mean(mx.square(hidden), axis=(0, 1))
+    wanted = {"model.embed_tokens": by_head}
+    if not is_tied:
+        by_lookups = mx.array(table.column_importance["model.embed_tokens"])
+        wanted = {"lm_head": by_head, "model.embed_tokens": by_lookups}
+    outside = [unit for unit in table.units if unit.block is None]
+    assert {unit.path for unit in outside} == set(wanted)
+    for unit in outside:
+        assert mx.allclose(rounding.importance[unit.path], wanted[unit.path], rtol=1e-4, atol=1e-7)
+        weight = get_module(tape.model, unit.path).weight
+        for choice in unit.choices[:2]:
+            fitted = pack(
+                weight, choice, level="fast", float_dtype=rounding.float_dtype,
+                importance=rounding.importance[unit.path],
+            )  # fmt: skip
+            stored = rounding.apply(tape, unit, choice)[unit.path]
+            assert mx.array_equal(stored, unpack(fitted, choice).astype(weight.dtype)), unit.path
+
+
+def test_probes_of_a_continued_measurement_round_the_same(
+    dense: ModelRef, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = quick_options(text, probes=4)
+    _, _, first, _ = _checked_with(dense, options, monkeypatch, tmp_path / "journal")
+    for finished in tmp_path.glob("*.table"):
+        finished.unlink()
+    counted = _count_units(monkeypatch)
+    _, _, again, _ = _checked_with(dense, options, monkeypatch, tmp_path / "journal")
+    assert counted[0] == 0
+    assert first.importance.keys() == again.importance.keys()
+    for path, values in first.importance.items():
+        assert mx.array_equal(values, again.importance[path]), path
+
+
+def test_an_exact_probe_of_the_head_is_its_estimate(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's estimate is taken on the logits: with one window per domain both see the same positions."""
+    ref = save_tiny(tmp_path / "model", {**LLAMA, "tie_word_embeddings": False})
+    options = quick_options(text, probes=4, num_tokens=64)
+    table, tape, rounding, windows = _checked_with(ref, options, monkeypatch)
+    assert len(windows.tokens) == len(table.domains) == 2
+    (head,) = [unit for unit in table.units if unit.path == "lm_head"]
+    estimates = {probe.choice: probe.divergence for probe in table.probes if probe.path == "lm_head"}
+    prober = Prober(tape, range(2))
+    for choice in head.choices[:2]:
+        exact = prober.divergence(head, rounding.apply(tape, head, choice)).mean()
+        # The probe casts what is stored to the model's type, the estimate does not.
+        assert exact == pytest.approx(estimates[choice], rel=0.02), choice.label
 
 
 @pytest.mark.parametrize(
