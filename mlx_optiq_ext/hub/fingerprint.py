@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
+import msgspec
+
 from mlx_optiq_ext.errors import ModelError, ModelNotFound
+from mlx_optiq_ext.types.metadata import IMPORT_FILE, ImportRecord
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.quant import ModelFingerprint
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "weights_origin"]
 
 _SAMPLES = 64
 _SAMPLE_NBYTES = 4096
@@ -39,7 +43,40 @@ def fingerprint(ref: ModelRef) -> ModelFingerprint:
         raise ModelError(f"{config_file} is not JSON ({error}); download the model again") from error
     model_type = str(config.get("model_type", "unknown")) if isinstance(config, dict) else "unknown"
     return ModelFingerprint(
-        model_type=model_type, sha256=digest.hexdigest(), source=ref.source, revision=ref.revision
+        model_type=model_type,
+        sha256=digest.hexdigest(),
+        source=ref.source,
+        revision=ref.revision,
+        origin=weights_origin(folder),
+    )
+
+
+def weights_origin(folder: Path) -> str:
+    """What a reader should know of weights that ``optiq import-gguf`` wrote; empty for all others.
+
+    Raises:
+        ModelError: The folder's record of its import is damaged.
+    """
+    file = folder / IMPORT_FILE
+    if not file.is_file():
+        return ""
+    try:
+        record = msgspec.json.decode(file.read_bytes(), type=ImportRecord)
+    except msgspec.MsgspecError as error:
+        raise ModelError(
+            f"{file} is no record of an import ({error}); delete it, or import the model again"
+        ) from error
+    total = sum(record.stored_types.values()) or 1
+    ranked = sorted(record.stored_types.items(), key=lambda entry: (-entry[1], entry[0]))
+    quantized = [(kind, numel) for kind, numel in ranked if re.match(r"I?Q\d", kind)]
+    if not quantized:
+        return f"imported from a GGUF file with unquantized weights ({', '.join(kind for kind, _ in ranked)})"
+    kind, numel = quantized[0]
+    bits = "".join(re.findall(r"\d", kind)[:1])
+    share = "" if numel / total > 0.995 else f" ({100 * numel / total:.0f} % of them)"
+    return (
+        f"imported from a {kind} GGUF file: its weights{share} lie on a {bits}-bit grid already, "
+        "and divergence is from these, not from the original ones"
     )
 
 

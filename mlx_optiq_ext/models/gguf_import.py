@@ -20,10 +20,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from mlx_optiq_ext import __version__
 from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.models.gguf_family import FamilyPlan, PlannedTensor, plan_family
 from mlx_optiq_ext.models.gguf_file import GgufFile, read_gguf
 from mlx_optiq_ext.models.gguf_tokenizer import TokenizerFiles, rebuild_tokenizer
+from mlx_optiq_ext.types.metadata import IMPORT_FILE, ImportRecord
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
 
 __all__ = ["GgufImport", "WeightDtype", "locate_gguf", "plan_import", "write_import"]
@@ -122,6 +124,13 @@ def write_import(job: GgufImport, folder: Path, *, progress: ProgressSink = igno
     _write_json(folder / "tokenizer.json", job.tokenizer.tokenizer)
     _write_json(folder / "tokenizer_config.json", job.tokenizer.tokenizer_config)
     _write_json(folder / "special_tokens_map.json", job.tokenizer.special_tokens_map)
+    record = ImportRecord(
+        package_version=__version__,
+        file=job.file.path.name,
+        stored_types=job.stored_types,
+        dtype=job.dtype,
+    )
+    _write_json(folder / IMPORT_FILE, msgspec.to_builtins(record))
     (folder / "README.md").write_text(_readme(job), encoding="utf-8")
 
 

@@ -54,9 +54,9 @@ def allocate(
     Args:
         kv_bytes_per_token: Mean KV cache bytes per token at ``options.context``; needed for ``--fit``.
     Returns:
-        ``predicted_stderr`` adds the errors of all units up (they share the same windows, so they are
-        not independent): an upper bound. Each pin costs, at the price of a bit around this budget,
-        what choosing it in place of the allocator's own choice adds.
+        ``predicted_stderr`` adds the spreads of all units up (they share the same windows, so they are
+        not independent); it holds no error of the estimate itself. Each pin costs, at the price of a bit
+        around this budget, what choosing it in place of the allocator's own choice adds.
     Raises:
         UsageError: No or several targets, a pin that matches nothing, a unit without measurement.
         BudgetInfeasible: Even the cheapest choices exceed the budget.
@@ -129,6 +129,7 @@ def _allocate_within(plan: _Plan, budget: Budget, *, compare: bool = True) -> Al
     allocation = replace(
         allocation,
         target_bpw=budget.bits / table.total_numel,
+        budget=budget.origin,
         lower_bound=min(max(bound, 0.0), allocation.predicted_divergence),
         solver=plan.options.solver,
     )

@@ -7,7 +7,23 @@ import msgspec
 from mlx_optiq_ext.types.quant import Allocation, BitMap, CalibrationInfo, ModelFingerprint
 from mlx_optiq_ext.types.verify import VerifyReport
 
-__all__ = ["CheckpointMetadata", "MeasuredDivergence", "PublishedMetadata"]
+__all__ = ["IMPORT_FILE", "CheckpointMetadata", "ImportRecord", "MeasuredDivergence", "PublishedMetadata"]
+
+IMPORT_FILE = "optiq_import.json"
+"""Where a folder made by ``optiq import-gguf`` keeps its :class:`ImportRecord`."""
+
+
+class ImportRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a folder was imported from; mlx-lm and transformers do not read it."""
+
+    format_version: int = 1
+    package_version: str
+    file: str
+    """Name of the GGUF file."""
+    stored_types: dict[str, int]
+    """Weights per GGUF storage type: ``{"Q4_1": 134479872, "F32": 35136}``."""
+    dtype: str
+    """Float type the weights were written as."""
 
 
 class MeasuredDivergence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -22,6 +22,7 @@ __all__ = [
     "ModelFingerprint",
     "Pin",
     "Probe",
+    "ProbeCheck",
     "SensitivityTable",
     "Unit",
     "UnitKind",
@@ -168,6 +169,20 @@ class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     source: str = ""
     """Repository id or folder name as the user gave it."""
     revision: str = ""
+    origin: str = ""
+    """Where the weights themselves come from, where that is known: ``imported from a Q4_1 GGUF file: …``."""
+
+
+class ProbeCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far exact probes of single tensors were from their estimates; the table is not changed by it."""
+
+    num_probes: int
+    ratio: float
+    """Median of exact / estimate."""
+    low: float
+    """A tenth of the ratios are below; a range of probes, no interval of ``ratio``."""
+    high: float
+    """A tenth of the ratios are above."""
 
 
 class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,6 +208,8 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     forward_equivalents: float = 0.0
     """Cost of the measurement in forward passes over the calibration text."""
     code_version: str = ""
+    probe_check: ProbeCheck | None = None
+    """None where no exact probe was run beside the estimates."""
     column_importance: dict[str, tuple[float, ...]] = {}
     """Per embedding and transposed head: how much an error in each column is felt (E[g_j²])."""
 
@@ -221,17 +238,23 @@ class Allocation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     format_version: int = 1
     bit_map: BitMap
     target_bpw: float
+    budget: str = ""
+    """What set the ceiling: ``--target-bpw 5``; for ``--fit`` with what weights, cache and head room get."""
     achieved_bpw: float
     """All stored bits over all weights."""
     nbytes: int
     predicted_divergence: float
+    """Sum of the table's estimates, with the table's rounding; not corrected by exact probes."""
     predicted_stderr: float = 0.0
+    """Spread over calibration windows alone, added up over units. It says nothing of how far the estimate is
+    from the truth, so it makes no interval of ``predicted_divergence`` and none is shown."""
     lower_bound: float = 0.0
     """No allocation within the budget can be predicted below this."""
     solver: str = "exact"
     pins: tuple[Pin, ...] = ()
     uniform: tuple[tuple[str, float, float], ...] = ()
-    """For comparison: (label, bpw, predicted divergence) of every uniform choice."""
+    """For comparison: (label, bpw, divergence) of every uniform choice, predicted with the table's rounding;
+    stock mlx-lm rounds plainly and is further off."""
     worst_domain: str = ""
     worst_domain_divergence: float = 0.0
     correction: Literal["none", "fast", "full"] = "none"

@@ -11,9 +11,12 @@ from mlx_lm import load
 from support_gguf import byte_level_vocabulary, random_model, write_gguf
 
 from mlx_optiq_ext.cli.commands.import_gguf import import_folder
-from mlx_optiq_ext.errors import OutputExists, ResourceError, UnsupportedModel, UsageError
+from mlx_optiq_ext.errors import ModelError, OutputExists, ResourceError, UnsupportedModel, UsageError
+from mlx_optiq_ext.hub.fingerprint import fingerprint, weights_origin
 from mlx_optiq_ext.models import gguf_import
 from mlx_optiq_ext.models.gguf_import import locate_gguf, plan_import
+from mlx_optiq_ext.types.metadata import IMPORT_FILE
+from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ImportGgufOptions
 
 FLOAT32 = ImportGgufOptions(dtype="float32")
@@ -221,3 +224,31 @@ def write_with_tensor(folder, model, name, values):
     extra.write_tensors_to_file()
     extra.close()
     return folder / "extra.gguf"
+
+
+def test_the_folder_records_what_it_was_imported_from(tmp_path, tiny):
+    out = tmp_path / "out"
+    import_folder(tiny, out, FLOAT32)
+    record = json.loads((out / IMPORT_FILE).read_text())
+    assert (record["file"], record["dtype"]) == ("tiny.gguf", "float32")
+    assert set(record["stored_types"]) == {"F32"}
+    origin = fingerprint(ModelRef(path=str(out), source="out")).origin
+    assert origin == "imported from a GGUF file with unquantized weights (F32)"
+
+
+@pytest.mark.parametrize(
+    ("stored", "text"),
+    [
+        ({"F32": 1, "Q4_1": 999}, "a Q4_1 GGUF file: its weights lie on a 4-bit grid"),
+        ({"Q6_K": 100, "Q4_K": 300}, "a Q4_K GGUF file: its weights (75 % of them) lie on a 4-bit grid"),
+        ({"Q8_0": 1}, "a Q8_0 GGUF file: its weights lie on a 8-bit grid"),
+    ],
+)
+def test_origin_names_the_grid_most_weights_lie_on(tmp_path, stored, text):
+    record = {"package_version": "1", "file": "m.gguf", "stored_types": stored, "dtype": "bfloat16"}
+    assert weights_origin(tmp_path) == ""
+    (tmp_path / IMPORT_FILE).write_text(json.dumps(record))
+    assert text in weights_origin(tmp_path)
+    (tmp_path / IMPORT_FILE).write_text("{}")
+    with pytest.raises(ModelError, match="no record of an import"):
+        weights_origin(tmp_path)
