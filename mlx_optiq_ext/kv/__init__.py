@@ -1,0 +1,1 @@
+"""The KV cache in mixed precision: measured, allocated, stored, attended to."""

@@ -1,0 +1,190 @@
+"""Attention over stored keys and values, each with a storage of its own.
+
+One query at a time reads the codes directly; longer blocks unpack them and use the fused kernel, whose
+memory does not grow with queries × keys. Never changes its caller's arrays. Called through
+``patches.attention`` and by the caches' tests.
+"""
+
+import mlx.core as mx
+
+from mlx_optiq_ext.kv.store import kernel_tile
+from mlx_optiq_ext.kv.stored import Exact, Stored
+
+__all__ = ["MAX_DIRECT_QUERIES", "attend"]
+
+MAX_DIRECT_QUERIES = 8
+"""Longest block of queries that reads codes directly (decoding, and checking a few drafted tokens)."""
+
+
+def attend(
+    queries: mx.array,
+    keys: Stored,
+    values: Stored,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """softmax(scale · Q·Kᵀ + mask)·V over stored keys and values; lazy.
+
+    Args:
+        queries: (B, Hq, L, D), Hq a multiple of the key-value heads; not changed.
+        keys: (B, H, S, D).
+        values: (B, H, S, Dv).
+        scale: Multiplies the products.
+        mask: None, "causal" (queries are the last L columns), bool (True attends) or additive, of a shape
+            that broadcasts to (B, Hq, L, S).
+        sinks: (Hq,) logits that take part in the softmax and have no value, or None.
+    Returns:
+        (B, Hq, L, Dv) in the dtype of ``queries``.
+    Source: scores of centred keys differ from the model's by a constant per query, which softmax does not
+        see (only ``sinks`` do, so there it is added back); Q·R and K·R have the products of Q and K.
+    """
+    turned = keys.codec.turn(queries)
+    scale = scale * keys.codec.product_scale
+    packed = keys.codec.is_packed or values.codec.is_packed
+    if packed and queries.shape[2] <= MAX_DIRECT_QUERIES:
+        shift = _shift(queries, keys) if sinks is not None else None
+        out = _direct(turned, keys, values, scale, _Bias(mask, sinks, shift))
+    else:
+        out = _unpacked(turned, keys, values, scale, mask, sinks)
+    return values.codec.turn_back(out).astype(queries.dtype)
+
+
+class _Bias:
+    """Everything that is added to the scores."""
+
+    __slots__ = ("mask", "shift", "sinks")
+
+    def __init__(self, mask: mx.array | str | None, sinks: mx.array | None, shift: mx.array | None) -> None:
+        self.mask, self.sinks, self.shift = mask, sinks, shift
+
+
+def _unpacked(
+    queries: mx.array,
+    keys: Stored,
+    values: Stored,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    numbers = keys.numbers()
+    if sinks is not None and keys.codec.mean is not None:
+        numbers = numbers + keys.codec.turn(keys.codec.mean_as(numbers.dtype))
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        mask = mask.astype(queries.dtype)
+    out: mx.array = mx.fast.scaled_dot_product_attention(
+        queries,
+        numbers.astype(queries.dtype),
+        values.numbers().astype(queries.dtype),
+        scale=scale,
+        mask=mask,
+        sinks=sinks,
+    )
+    return out
+
+
+def _shift(queries: mx.array, keys: Stored) -> mx.array | None:
+    """Queries · mean, (B, Hq, L, 1): what centring took off the products, in stored coordinates' scale."""
+    if keys.codec.mean is None:
+        return None
+    batch, num_queries, length, dim = queries.shape
+    heads = keys.shape[1]
+    grouped = queries.reshape(batch, heads, num_queries // heads * length, dim)
+    products = grouped @ keys.codec.mean_as(queries.dtype).swapaxes(-1, -2)
+    return products.reshape(batch, num_queries, length, 1) / keys.codec.product_scale
+
+
+def _direct(queries: mx.array, keys: Stored, values: Stored, scale: float, bias: _Bias) -> mx.array:
+    """Scores from codes, weights times codes: nothing is unpacked."""
+    batch, num_queries, length, dim = queries.shape
+    heads, columns = keys.shape[1:3]
+    grouped = queries.reshape(batch, heads, num_queries // heads * length, dim)
+    scores = _scores(grouped, keys).reshape(batch, num_queries, length, columns)
+    if bias.shift is not None:
+        scores = scores + bias.shift
+    scores = _masked(scores * scale, bias.mask)
+    if bias.sinks is not None:
+        sink = mx.broadcast_to(
+            bias.sinks.astype(scores.dtype)[None, :, None, None], (batch, num_queries, length, 1)
+        )
+        weights = mx.softmax(mx.concatenate([sink, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+    else:
+        weights = mx.softmax(scores, axis=-1, precise=True)
+    weights = weights.reshape(batch, heads, num_queries // heads * length, columns)
+    return _weighted(weights, values).reshape(batch, num_queries, length, values.codec.dim)
+
+
+def _scores(grouped: mx.array, keys: Stored) -> mx.array:
+    """Products of queries (B, H, M, D) with every key: (B, H, M, S)."""
+    codec, columns = keys.codec, keys.columns
+    if not codec.is_packed:
+        return grouped @ keys.numbers().swapaxes(-1, -2).astype(grouped.dtype)
+    scores: mx.array = mx.quantized_matmul(
+        grouped,
+        *_tiled(keys.parts),
+        transpose=True,
+        group_size=codec.choice.group_size,
+        bits=codec.choice.bits,
+    )[..., :columns]
+    if keys.exact is None:
+        return scores
+    exact = grouped @ keys.exact.numbers.swapaxes(-1, -2).astype(grouped.dtype)
+    if keys.exact.spill:
+        scores = _widened(scores, 1)
+    return mx.put_along_axis(scores, _columns(keys.exact, scores), exact, axis=-1)[..., :columns]
+
+
+def _weighted(weights: mx.array, values: Stored) -> mx.array:
+    """Weights (B, H, M, S) times values: (B, H, M, Dv)."""
+    codec, columns = values.codec, values.columns
+    if not codec.is_packed:
+        return weights @ values.numbers().astype(weights.dtype)
+    added: mx.array | None = None
+    if values.exact is not None:
+        if values.exact.spill:
+            weights = _widened(weights, 1)
+        where = _columns(values.exact, weights)
+        taken = mx.take_along_axis(weights, where, axis=-1)
+        added = taken @ values.exact.numbers.astype(weights.dtype)
+        weights = mx.put_along_axis(weights, where, mx.zeros_like(taken), axis=-1)[..., :columns]
+    parts = _tiled(values.parts)
+    out: mx.array = mx.quantized_matmul(
+        _widened(weights, parts[0].shape[2] - columns),
+        *parts,
+        transpose=False,
+        group_size=codec.choice.group_size,
+        bits=codec.choice.bits,
+    )
+    return out if added is None else out + added
+
+
+def _columns(exact: Exact, scores: mx.array) -> mx.array:
+    """Column numbers of exact entries for every row of scores: (B, H, M, E)."""
+    shape = (*scores.shape[:3], exact.columns.shape[-1])
+    return mx.broadcast_to(exact.columns[:, None, None, :], shape)
+
+
+def _widened(scores: mx.array, count: int) -> mx.array:
+    """Further columns of zeros on the right."""
+    return mx.pad(scores, [(0, 0), (0, 0), (0, 0), (0, count)]) if count else scores
+
+
+def _tiled(parts: list[mx.array]) -> list[mx.array]:
+    """Parts whose columns are a multiple of what the back end's kernels take."""
+    missing = -parts[0].shape[2] % kernel_tile()
+    if not missing:
+        return parts
+    return [mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) for part in parts]
+
+
+def _masked(scores: mx.array, mask: mx.array | str | None) -> mx.array:
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        length, columns = scores.shape[-2:]
+        if length == 1:
+            return scores
+        mask = mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)[None]
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+    return scores + mask.astype(scores.dtype)

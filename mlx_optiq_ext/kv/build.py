@@ -1,0 +1,117 @@
+"""From a KV configuration to the caches of a model.
+
+Knows types and cache classes; reads no file. Called by the server, the patches and the scorer wherever
+mlx-lm would call ``make_prompt_cache``.
+"""
+
+import base64
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
+from mlx_optiq_ext.kv.cache import MixedKVCache
+from mlx_optiq_ext.kv.codec import Codec
+from mlx_optiq_ext.kv.observe import CacheMap, observe, replace_caches
+from mlx_optiq_ext.kv.store import Layout
+from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVSite
+
+__all__ = ["build_caches", "decode_mean", "encode_mean", "layouts"]
+
+
+def build_caches(model: nn.Module, config: KVConfig, max_kv_size: int | None = None) -> list[Any]:
+    """Fresh caches of a model, stored as the configuration says.
+
+    Args:
+        model: As mlx-lm loads it.
+        config: Made for this model, or for one with the same attention.
+        max_kv_size: As for ``make_prompt_cache``.
+    Returns:
+        One cache per entry of ``make_prompt_cache(model)``; those without keys and values, or of a class
+        that cannot be stored otherwise, are mlx-lm's own.
+    Raises:
+        FingerprintMismatch: The configuration names caches that the model does not have.
+        UsageError: A group does not divide a head.
+        UnsupportedModel: See :func:`~mlx_optiq_ext.kv.observe.observe`.
+    """
+    caches = observe(model, max_kv_size)
+    found = layouts(caches, config)
+
+    def make(index: int, member: int | None, _: Any) -> Any | None:
+        layout = found.get((index, member))
+        return None if layout is None else MixedKVCache(layout)
+
+    return replace_caches(make_prompt_cache(model, max_kv_size), make)
+
+
+def layouts(caches: CacheMap, config: KVConfig) -> dict[tuple[int, int | None], Layout]:
+    """Storage of every cache that can be stored otherwise, by (index, member).
+
+    Caches that the configuration does not name are kept in full precision, in our classes all the same:
+    sliding layers share one mask, so they must show their columns alike.
+
+    Raises:
+        FingerprintMismatch, UsageError: As :func:`build_caches`.
+    """
+    named = {(layer.index, layer.member): layer for layer in config.layers}
+    known = {(site.index, site.member): site for site in caches.sites}
+    missing = sorted(str(place[0]) for place in named.keys() - known.keys())
+    if missing:
+        raise FingerprintMismatch(
+            f"the KV configuration names caches {', '.join(missing)}, where this model has no keys and "
+            f"values ({len(known)} caches: {', '.join(site.name for site in caches.sites)}); "
+            "make one for this model with `optiq kv-cache MODEL`"
+        )
+    return {
+        place: _layout(site, named.get(place) or KVLayer(index=site.index, member=site.member), config, caches)
+        for place, site in known.items()
+    }
+
+
+def _layout(site: KVSite, layer: KVLayer, config: KVConfig, caches: CacheMap) -> Layout:
+    for name, choice, dim in (("keys", layer.k, site.key_dim), ("values", layer.v, site.value_dim)):
+        if not choice.fits(dim):
+            raise UsageError(
+                f"{name} of cache {site.name} have {dim} numbers per head, which group "
+                f"{choice.group_size} does not divide; use a group that does, or keep"
+            )
+    mean = decode_mean(layer.key_mean, site) if layer.key_mean else None
+    return Layout(
+        Codec(layer.k, site.key_dim, rotate=config.rotate and layer.k.mode != "keep", mean=mean),
+        Codec(
+            layer.v,
+            site.value_dim,
+            rotate=config.rotate and layer.v.mode != "keep",
+            rotated=layer.values_rotated,
+        ),
+        window=site.window,
+        first_kept=site.first_kept,
+        recent=config.recent,
+        first=config.first,
+        dense=bool(caches.dense),
+    )
+
+
+def encode_mean(mean: mx.array) -> str:
+    """Key means (H, D) as :attr:`KVLayer.key_mean` holds them."""
+    return base64.b64encode(np.array(mean.astype(mx.float16)).astype("<f2").tobytes()).decode("ascii")
+
+
+def decode_mean(text: str, site: KVSite) -> mx.array:
+    """Key means (H, D), float32.
+
+    Raises:
+        FingerprintMismatch: Another number of heads, or of numbers per head.
+    """
+    numbers = np.frombuffer(base64.b64decode(text), dtype="<f2")
+    if numbers.size != site.heads * site.key_dim:
+        raise FingerprintMismatch(
+            f"key means of cache {site.name} have {numbers.size} numbers, the model has "
+            f"{site.heads} heads of {site.key_dim}; make a configuration for this model"
+        )
+    mean = mx.array(numbers.astype(np.float32)).reshape(site.heads, site.key_dim)
+    mx.eval(mean)
+    return mean

@@ -1,0 +1,200 @@
+"""A KV cache in mixed precision, growing or sliding, in mlx-lm's cache protocol.
+
+Knows one sequence (or several of equal length without padding); ``batch`` holds rows of different lengths.
+Made by ``build``; used by mlx-lm's models and generators.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import _BaseCache, create_attention_mask
+
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.kv.ends import ExactEnds
+from mlx_optiq_ext.kv.state import pack_state, same_layout, state_arrays, unpack_state
+from mlx_optiq_ext.kv.store import Layout, Store
+from mlx_optiq_ext.kv.stored import Exact, Stored
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.kv.batch import BatchMixedKVCache
+
+__all__ = ["MixedKVCache", "sliding_mask"]
+
+
+class MixedKVCache(_BaseCache):  # type: ignore[misc]
+    """Keys and values of one layer, each in its own precision, quantized as they arrive.
+
+    Args:
+        layout: How they are stored.
+
+    ``update_and_fetch`` returns :class:`~mlx_optiq_ext.kv.stored.Stored` pairs, which need the patched
+    attention, or plain arrays where ``layout.dense`` is set.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.store = Store(layout)
+        self.ends = ExactEnds(layout.recent, layout.first)
+        self.offset = 0
+        """Tokens seen."""
+        self._shown = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Add tokens; lazy.
+
+        Args:
+            keys: (B, H, N, D).
+            values: (B, H, N, Dv).
+        Returns:
+            Keys and values that the N queries may see, oldest first.
+        """
+        layout, count = self.layout, keys.shape[2]
+        self._make_room(count)
+        new_keys, new_values = layout.key.transform(keys), layout.value.transform(values)
+        if self.ends.is_kept:
+            self.ends.append(new_keys, new_values, self.offset)
+        self.store.append(new_keys, new_values)
+        self.offset += count
+        self._show(count)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What the last update returned."""
+        columns = self._shown
+        keys, values = self.store.view(self.layout.first_kept, columns)
+        exact = self.ends.exact(columns, self.offset) if self.ends.is_kept else None
+        return present(self.store, keys, values, columns, exact)
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """Mask for the next N queries: None, "causal", or bool (N, S)."""
+        window = self.layout.window
+        if window is None:
+            mask: mx.array | str | None = create_attention_mask(N, self.offset, return_array, window_size)
+            return mask
+        return sliding_mask(N, self.offset, window, window_size, return_array)
+
+    def is_trimmable(self) -> bool:
+        """Whether no token that a rewind would need has been dropped."""
+        return self.layout.window is None or self.offset < self.layout.window
+
+    def trim(self, n: int) -> int:
+        """Forget the newest ``n`` tokens; returns how many there were."""
+        n = min(self.offset, n)
+        self.offset -= n
+        self.store.used -= n
+        self._shown = min(self._shown, self.store.used)
+        self.ends.trim(n)
+        return n
+
+    def size(self) -> int:
+        """Tokens in reach."""
+        return self.offset if self.layout.window is None else min(self.offset, self.layout.window)
+
+    def empty(self) -> bool:
+        """Whether nothing was ever stored."""
+        return not self.store.parts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return self.store.nbytes + self.ends.nbytes
+
+    @property
+    def keys(self) -> mx.array | None:
+        """First buffer of the stored keys, for models that tie evaluation to it; None while empty."""
+        return self.store.parts[0] if self.store.parts else None
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self.store.parts[0] = array
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Arrays and numbers that :meth:`from_state` takes; everything mlx-lm saves and evaluates."""
+        numbers = {"offset": self.offset}
+        return (
+            pack_state(self.store, self.ends, self._shown, numbers),
+            *state_arrays(self.store, self.ends),
+        )
+
+    @state.setter
+    def state(self, value: Sequence[Any]) -> None:
+        restored = unpack_state(value[0], value[1:])
+        MixedKVCache.__init__(self, restored.store.layout)
+        self.store, self.ends, self._shown = restored.store, restored.ends, restored.shown
+        self.offset = restored.numbers["offset"]
+
+    @classmethod
+    def merge(cls, caches: Sequence["MixedKVCache"]) -> "BatchMixedKVCache":
+        """Join caches of one layer, of any lengths, into one batch.
+
+        Raises:
+            UsageError: They are stored differently.
+        """
+        from mlx_optiq_ext.kv.batch import BatchMixedKVCache  # deferred: it makes these when rows leave
+
+        if not all(same_layout(caches[0].layout, cache.layout) for cache in caches[1:]):
+            raise UsageError(
+                "caches of different storage cannot share a batch; build all of them from one kv_config.json"
+            )
+        return BatchMixedKVCache.joined(caches)
+
+    def _make_room(self, count: int) -> None:
+        """Drop what no query of the next ``count`` tokens can reach, when it has piled up."""
+        window = self.layout.window
+        if window is None:
+            return
+        surplus = self.store.used - (window - 1)
+        if surplus > 0 and (count > 1 or self.store.used + count > window + self.layout.slack):
+            self.store.drop(self.layout.first_kept, surplus)
+
+    def _show(self, count: int) -> None:
+        used, window = self.store.used, self.layout.window
+        self._shown = used if window is None else min(used, window - 1 + count)
+
+
+def present(
+    store: Store,
+    keys: list[mx.array],
+    values: list[mx.array],
+    columns: int,
+    exact: tuple[Exact, Exact] | None,
+) -> tuple[Any, Any]:
+    """Keys and values as the model gets them: stored, or restored where it computes on them itself."""
+    layout = store.layout
+    exact_keys, exact_values = exact or (None, None)
+    stored = (
+        Stored(layout.key, keys, columns, store.dtype, exact_keys),
+        Stored(layout.value, values, columns, store.dtype, exact_values),
+    )
+    if not layout.dense:
+        return stored
+    return stored[0].restored().astype(store.dtype), stored[1].restored().astype(store.dtype)
+
+
+def sliding_mask(
+    N: int, offset: int, window: int, window_size: int | None, return_array: bool
+) -> mx.array | str | None:
+    """Mask over the columns that a sliding cache shows, oldest first.
+
+    Args:
+        N: Queries to come.
+        offset: Tokens seen.
+        window: Tokens the cache reaches back to.
+        window_size: Tokens that the model's attention reaches back to; None: the same.
+        return_array: Never answer "causal".
+    """
+    reach = window_size or window
+    before = min(window - 1, offset)
+    if N > 1:
+        if before + N > reach or return_array:
+            mask: mx.array = create_causal_mask(N, before, window_size=reach)
+            return mask
+        return "causal"
+    if before + 1 <= reach:
+        return None
+    return mx.arange(before + 1) >= before + 1 - reach

@@ -1,0 +1,164 @@
+"""The columns of one layer: keys and values packed as they arrive, in buffers that grow.
+
+Knows how columns are written, dropped, shifted and joined, not which tokens they are: ``cache`` and
+``batch`` do. Every operation applies to keys and values alike.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mlx_optiq_ext.kv.codec import Codec
+
+__all__ = ["GROWTH", "Layout", "Store", "kernel_tile", "roll_columns"]
+
+GROWTH = 256
+"""Columns by which a buffer grows."""
+
+
+class Layout:
+    """How one layer's cache is stored.
+
+    Args:
+        key, value: Storage of keys and of values.
+        window: Tokens that attention reaches back to, itself included; None: all.
+        first_kept: Leading columns that sliding never drops.
+        recent, first: Last and first tokens that are kept in full precision besides.
+        dense: Hand restored arrays to the model instead of stored ones (models that compute on them).
+    """
+
+    def __init__(
+        self,
+        key: Codec,
+        value: Codec,
+        *,
+        window: int | None = None,
+        first_kept: int = 0,
+        recent: int = 0,
+        first: int = 0,
+        dense: bool = False,
+    ) -> None:
+        self.key, self.value = key, value
+        self.window, self.first_kept = window, first_kept
+        packed = key.is_packed or value.is_packed
+        self.recent, self.first = (recent, first if window is None else 0) if packed else (0, 0)
+        self.dense = dense
+
+    @property
+    def slack(self) -> int:
+        """Columns that a sliding cache holds beyond its window before it drops any (an eighth of it)."""
+        return 0 if self.window is None else max(16, self.window // 8)
+
+
+class Store:
+    """Packed keys and values in columns, column 0 the oldest.
+
+    Args:
+        layout: How they are stored.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.parts: list[mx.array] = []
+        """Key parts, then value parts: arrays (B, H, capacity, ·); empty before the first append."""
+        self.used = 0
+        self.dtype: mx.Dtype = mx.float32
+
+    @property
+    def capacity(self) -> int:
+        """Columns that the buffers hold."""
+        return int(self.parts[0].shape[2]) if self.parts else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(part.nbytes for part in self.parts)
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Add columns; both in stored coordinates, (B, H, N, ·)."""
+        layout = self.layout
+        new = layout.key.pack(keys) + layout.value.pack(values)
+        start, end = self.used, self.used + keys.shape[2]
+        if not self.parts:
+            self.dtype = keys.dtype
+        if end > self.capacity:
+            self._grow(new, end)
+        for part, columns in zip(self.parts, new, strict=True):
+            part[..., start:end, :] = columns
+        self.used = end
+
+    def view(self, first: int, columns: int) -> tuple[list[mx.array], list[mx.array]]:
+        """Stored keys and values of the first ``first`` and the last ``columns - first`` columns used.
+
+        The arrays are wider where the kernels want a multiple of their tile and the buffer has it.
+        """
+        start = self.used - (columns - first)
+        if start <= first:
+            first, start = 0, self.used - columns
+        end = min(self.capacity, start + -(-(self.used - start) // kernel_tile()) * kernel_tile())
+        if first:
+            parts = [
+                mx.concatenate([part[..., :first, :], part[..., start : self.used, :]], axis=2)
+                for part in self.parts
+            ]
+        elif start or end < self.capacity:
+            parts = [part[..., start:end, :] for part in self.parts]
+        else:
+            parts = self.parts
+        num_keys = self.layout.key.num_parts
+        return parts[:num_keys], parts[num_keys:]
+
+    def drop(self, start: int, count: int) -> None:
+        """Remove columns; later ones move up."""
+        if count <= 0:
+            return
+        self.change(
+            lambda part: mx.concatenate(
+                [part[..., :start, :], part[..., start + count : self.used, :]], axis=2
+            )
+        )
+        self.used -= count
+
+    def change(self, change: Callable[[mx.array], mx.array]) -> None:
+        """Replace every buffer by what ``change`` makes of it."""
+        self.parts = [change(part) for part in self.parts]
+
+    def justified(self, columns: int) -> list[mx.array]:
+        """Used columns, padded with zeros on the left to ``columns``."""
+        left = columns - self.used
+        used = [part[..., : self.used, :] for part in self.parts]
+        return [mx.pad(part, [(0, 0), (0, 0), (left, 0), (0, 0)]) for part in used] if left else used
+
+    def _grow(self, like: Sequence[mx.array], needed: int) -> None:
+        """Make room for ``needed`` columns; a sliding store grows no further than it has to."""
+        window = self.layout.window
+        capacity = -(-needed // GROWTH) * GROWTH
+        if window is not None:
+            capacity = max(needed, min(capacity, window + self.layout.slack))
+        room = [mx.zeros((*new.shape[:2], capacity - self.used, new.shape[3]), new.dtype) for new in like]
+        if self.used:
+            held = [part[..., : self.used, :] for part in self.parts]
+            room = [mx.concatenate(pair, axis=2) for pair in zip(held, room, strict=True)]
+        self.parts = room
+
+
+@functools.cache
+def kernel_tile() -> int:
+    """Columns whose multiple the back end's quantized kernels take: 64 on CUDA, 1 elsewhere."""
+    return 64 if mx.cuda.is_available() and mx.default_device() == mx.gpu else 1
+
+
+def roll_columns(part: mx.array, shifts: mx.array, used: int) -> mx.array:
+    """Move the used columns of every row to the right, those that fall off coming back on the left.
+
+    Args:
+        part: (B, H, capacity, ·).
+        shifts: int (B,), ≥ 0.
+        used: Columns in use; the buffer behind them is cut off.
+    """
+    part = part[..., :used, :]
+    source = (mx.arange(used)[None] - shifts[:, None]) % used
+    where = mx.broadcast_to(source[:, None, :, None], part.shape)
+    rolled: mx.array = mx.take_along_axis(part, where, axis=2)
+    return rolled

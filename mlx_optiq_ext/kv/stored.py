@@ -1,0 +1,77 @@
+"""What a cache hands to attention: keys or values as they are stored.
+
+Stands where mlx-lm's models expect an array: has a shape and a dtype, nothing else of one. Made by
+``store``; read by ``attention``.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_optiq_ext.kv.codec import Codec
+
+__all__ = ["Exact", "Stored"]
+
+
+class Exact(NamedTuple):
+    """Columns that are known in full precision besides."""
+
+    numbers: mx.array
+    """(B, H, E, D) in stored coordinates."""
+    columns: mx.array
+    """int32 (B or 1, E): which column of the stored tensor each one is."""
+    spill: bool
+    """Some entries do not exist; they name the column behind the last one."""
+
+
+class Stored:
+    """Keys or values (B, H, S, D) of one layer in stored form.
+
+    Args:
+        codec: How they are stored.
+        parts: Arrays (B, H, ≥ S, ·): codes, scales and biases, or the numbers.
+        columns: S; parts may hold more columns, which mean nothing.
+        dtype: Of the numbers that went in.
+        exact: Columns to be taken from full precision instead.
+    """
+
+    __slots__ = ("codec", "columns", "dtype", "exact", "parts")
+
+    def __init__(
+        self,
+        codec: Codec,
+        parts: list[mx.array],
+        columns: int,
+        dtype: mx.Dtype,
+        exact: Exact | None = None,
+    ) -> None:
+        self.codec, self.parts, self.columns = codec, parts, columns
+        self.dtype, self.exact = dtype, exact
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, S, D)."""
+        batch, heads = self.parts[0].shape[:2]
+        return (batch, heads, self.columns, self.codec.dim)
+
+    @property
+    def ndim(self) -> int:
+        """4."""
+        return 4
+
+    def numbers(self) -> mx.array:
+        """The tensor in stored coordinates, exact columns put in; lazy (B, H, S, D)."""
+        x = self.codec.unpack(self.parts)[..., : self.columns, :]
+        if self.exact is None or not self.codec.is_packed:
+            return x
+        batch, heads, columns, dim = x.shape
+        count = self.exact.columns.shape[-1]
+        where = mx.broadcast_to(self.exact.columns[:, None, :, None], (batch, heads, count, dim))
+        if self.exact.spill:
+            x = mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0)])
+        x = mx.put_along_axis(x, where, self.exact.numbers.astype(x.dtype), axis=2)
+        return x[..., :columns, :]
+
+    def restored(self) -> mx.array:
+        """The tensor as the model computed it, up to rounding; lazy (B, H, S, D)."""
+        return self.codec.restore(self.numbers())

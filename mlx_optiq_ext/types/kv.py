@@ -1,0 +1,148 @@
+"""Values of the KV cache: what each layer stores, what was measured, what fits.
+
+Knows nothing of MLX or files. Made by ``kv``; stored as ``kv_config.json`` and ``kv_sensitivity.json``.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from mlx_optiq_ext.types.quant import KEEP, CalibrationInfo, Choice, ModelFingerprint
+
+__all__ = [
+    "KVConfig",
+    "KVLayer",
+    "KVProbe",
+    "KVScore",
+    "KVSensitivity",
+    "KVSite",
+    "KVTensor",
+]
+
+KVTensor = Literal["k", "v"]
+
+
+class KVSite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One cache of keys and values in a model, as a forward pass shows it."""
+
+    index: int
+    """Position in the list that ``make_prompt_cache`` returns."""
+    member: int | None = None
+    """Position within a ``CacheList`` at ``index``; None where the cache stands alone."""
+    layer: int | None = None
+    """Block that fills the cache; differs from ``index`` where blocks without cache are left out."""
+    heads: int
+    """Key-value heads."""
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+    """Tokens that a sliding cache keeps; None where it grows with the context."""
+    first_kept: int = 0
+    """Leading tokens that a sliding cache never drops."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: ``12`` or ``12.0``."""
+        return f"{self.index}" if self.member is None else f"{self.index}.{self.member}"
+
+    def numel(self, tensor: KVTensor) -> int:
+        """Cached numbers per token."""
+        return self.heads * (self.key_dim if tensor == "k" else self.value_dim)
+
+    def tokens_held(self, context: int) -> int:
+        """Tokens in the cache when the context has ``context``."""
+        return context if self.window is None else min(context, self.window)
+
+
+class KVLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one cache stores its keys and its values; ``keep`` is the model's own precision."""
+
+    index: int
+    member: int | None = None
+    layer: int | None = None
+    k: Choice = KEEP
+    v: Choice = KEEP
+    key_mean: str = ""
+    """Base64 of float16 (heads × key_dim), little endian: subtracted from every key; empty: nothing is."""
+    values_rotated: bool = False
+    """The weights produce rotated values already (folded at conversion)."""
+
+
+class KVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Storage of a model's KV cache; the content of ``kv_config.json``."""
+
+    format_version: int = 1
+    model: ModelFingerprint | None = None
+    """Model that was measured; None for the published list form, which does not say."""
+    layers: tuple[KVLayer, ...]
+    rotate: bool = True
+    """Keys and values are stored after an orthonormal Hadamard rotation along the head."""
+    recent: int = 0
+    """Last tokens that are kept in full precision besides."""
+    first: int = 0
+    """First tokens that are kept in full precision besides (attention sinks)."""
+    bits_per_number: float = 0.0
+    """Stored bits per cached number at ``context``, scales and biases included."""
+    bytes_per_token: float = 0.0
+    """At ``context`` tokens, with 16-bit scales; sliding caches count their window."""
+    context: int = 0
+    """Tokens in the cache for which the figures hold."""
+    chosen: str = ""
+    """Which candidate was accepted, and against what."""
+    predicted_divergence: float | None = None
+    sensitivity_sha256: str = ""
+    """Of the ``kv_sensitivity.json`` that the choices come from."""
+    notes: tuple[str, ...] = ()
+    code_version: str = ""
+
+
+class KVProbe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Divergence caused by storing one cache's keys or values as one choice, everything else exact."""
+
+    index: int
+    member: int | None = None
+    tensor: KVTensor
+    choice: Choice
+    divergence: float
+    """KL(reference ‖ changed), nats per token, mean over windows and positions."""
+    stderr: float = 0.0
+    by_length: tuple[float, ...] = ()
+    """The same per prefix length, in the order of :attr:`KVSensitivity.lengths`."""
+    exact: bool = False
+    """True: a forward pass was run; False: second-order estimate."""
+
+
+class KVScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One whole cache configuration on held-out text."""
+
+    label: str
+    bits_per_number: float
+    divergence: float
+    """KL(reference ‖ this), nats per token, mean over the lengths."""
+    stderr: float = 0.0
+    by_length: tuple[float, ...] = ()
+    top1: float = 0.0
+    """Share of positions whose most likely token is the reference's."""
+    accepted: bool = False
+
+
+class KVSensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All measurements of one model's cache: enough to allocate for any budget without measuring again."""
+
+    format_version: int = 1
+    model: ModelFingerprint | None = None
+    calibration: CalibrationInfo | None = None
+    lengths: tuple[int, ...]
+    """Prefix lengths measured, in tokens."""
+    sites: tuple[KVSite, ...]
+    rotate: bool
+    """Whether keys were centred and keys and values rotated."""
+    probes: tuple[KVProbe, ...]
+    key_means: tuple[str, ...] = ()
+    """Per site as in :attr:`KVLayer.key_mean`; empty where keys are not centred."""
+    scores: tuple[KVScore, ...] = ()
+    """Whole configurations that were run on the held-out split, best first."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """(cache, reason) of caches left in full precision."""
+    notes: tuple[str, ...] = ()
+    code_version: str = ""
