@@ -23,7 +23,6 @@ __all__ = [
     "pack_full",
     "pack_plain",
     "unpack",
-    "weighted_error",
 ]
 
 Level = Literal["none", "fast", "full"]
@@ -61,13 +60,6 @@ def pack(
     if importance is None:
         raise UsageError("correction 'fast' needs the inputs' second moments; measure them or use 'none'")
     return pack_fast(weight, choice, importance, float_dtype=float_dtype)
-
-
-def weighted_error(weight: mx.array, packed: Packed, choice: Choice, importance: mx.array) -> mx.array:
-    """Σ_ij a_j (ŵ_ij − w_ij)², float32 scalar, lazy: what :func:`pack_fast` minimises."""
-    error = unpack(packed, choice) - weight.astype(mx.float32)
-    columns = importance.astype(mx.float32)
-    return (error * error * (columns[:, None, :] if columns.ndim == 2 else columns)).sum()
 
 
 def gram_error(weight: mx.array, packed: Packed, choice: Choice, gram: mx.array) -> mx.array:

@@ -46,7 +46,7 @@ class Coded(msgspec.Struct, frozen=True, kw_only=True):
 def pack_fast(weight: mx.array, choice: Choice, importance: mx.array, *, float_dtype: mx.Dtype) -> Packed:
     """Quantize with scales and biases fitted to what the inputs make of each weight's error.
 
-    Never worse than :func:`pack_plain` in :func:`weighted_error`, group by group.
+    Never worse than :func:`pack_plain` in Σ_j a_j (ŵ_j − w_j)², group by group.
 
     Args:
         weight: (O, I) or (E, O, I), finite.

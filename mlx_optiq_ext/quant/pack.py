@@ -12,7 +12,7 @@ import numpy as np
 from mlx_optiq_ext.errors import ModelError, UsageError
 from mlx_optiq_ext.types.quant import Choice
 
-__all__ = ["Packed", "join_codes", "pack_plain", "require_finite", "split_codes", "unpack"]
+__all__ = ["Packed", "join_codes", "pack_plain", "require_finite", "unpack"]
 
 _CODES_PER_RUN = 32
 
@@ -91,20 +91,6 @@ def join_codes(codes: Any, bits: int) -> mx.array:
             words[word + 1] = column >> xp.array(32 - shift, dtype=xp.uint32)
     joined = xp.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
     return joined if isinstance(joined, mx.array) else mx.array(joined)
-
-
-def split_codes(packed_weight: mx.array, bits: int) -> mx.array:
-    """Codes of a packed weight as uint8, shape (..., I): the inverse of :func:`join_codes`; lazy."""
-    words = packed_weight.reshape(*packed_weight.shape[:-1], -1, bits)
-    mask = mx.array((1 << bits) - 1, dtype=mx.uint32)
-    columns = []
-    for position in range(_CODES_PER_RUN):
-        word, shift = divmod(position * bits, 32)
-        column = words[..., word] >> mx.array(shift, dtype=mx.uint32)
-        if shift + bits > 32:
-            column = column | (words[..., word + 1] << mx.array(32 - shift, dtype=mx.uint32))
-        columns.append((column & mask).astype(mx.uint8))
-    return mx.stack(columns, axis=-1).reshape(*packed_weight.shape[:-1], -1)
 
 
 def require_fit(weight: mx.array, choice: Choice) -> None:

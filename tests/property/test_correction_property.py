@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support_codes import codes_of, weighted_error
 
-from mlx_optiq_ext.quant.correct import pack_fast, pack_full, pack_plain, unpack, weighted_error
-from mlx_optiq_ext.quant.pack import join_codes, split_codes
+from mlx_optiq_ext.quant.correct import pack_fast, pack_full, pack_plain, unpack
+from mlx_optiq_ext.quant.pack import join_codes
 from mlx_optiq_ext.types.quant import AFFINE_BITS, AFFINE_GROUPS, Choice
 
 choices = st.builds(
@@ -39,7 +40,7 @@ def test_fast_is_never_worse_than_plain(data: st.DataObject, choice: Choice, dty
     fast = pack_fast(weight, choice, importance, float_dtype=dtype)
     for row in range(4):
         ours, theirs = (
-            float(weighted_error(weight[row : row + 1], one_row(packed, row), choice, importance))
+            weighted_error(weight[row : row + 1], one_row(packed, row), choice, importance)
             for packed in (fast, plain)
         )
         # Positions on the code grid carry float32 rounding of the weight's magnitude.
@@ -72,7 +73,7 @@ def test_full_is_never_worse_than_fast(
 def test_codes_survive_packing(data: st.DataObject, bits: int, runs: int) -> None:
     seed = data.draw(st.integers(0, 2**32 - 1))
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (3, 32 * runs)).astype(np.uint8)
-    assert np.array_equal(np.array(split_codes(join_codes(codes, bits), bits)), codes)
+    assert np.array_equal(codes_of(join_codes(codes, bits), bits), codes)
 
 
 def one_row(packed, row):  # type: ignore[no-untyped-def]

@@ -3,9 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from support_codes import codes_of
 
 from mlx_optiq_ext.errors import UsageError
-from mlx_optiq_ext.quant.pack import join_codes, pack_plain, split_codes, unpack
+from mlx_optiq_ext.quant.pack import join_codes, pack_plain, unpack
 from mlx_optiq_ext.types.quant import AFFINE_BITS, AFFINE_GROUPS, KEEP, Choice
 
 FLOAT_MODES = [Choice.parse(label) for label in ("mxfp4", "nvfp4", "mxfp8")]
@@ -21,10 +22,10 @@ def random_weight(*shape: int, seed: int = 0) -> mx.array:
 @pytest.mark.parametrize("shape", [(6, 256), (3, 5, 128)])
 def test_join_codes_matches_mx_quantize(choice: Choice, shape: tuple[int, ...]) -> None:
     packed = pack_plain(random_weight(*shape), choice, float_dtype=mx.bfloat16)
-    codes = split_codes(packed.weight, choice.bits)
+    codes = codes_of(packed.weight, choice.bits)
     assert codes.shape == shape
     assert int(codes.max()) < 1 << choice.bits
-    for form in (codes, np.array(codes)):
+    for form in (codes, mx.array(codes)):
         joined = join_codes(form, choice.bits)
         assert joined.dtype == mx.uint32
         assert mx.array_equal(joined, packed.weight)
@@ -35,7 +36,7 @@ def test_join_codes_matches_mx_quantize(choice: Choice, shape: tuple[int, ...]) 
 def test_unpack_is_code_times_scale_plus_bias(choice: Choice, dtype: mx.Dtype) -> None:
     packed = pack_plain(random_weight(4, 256), choice, float_dtype=dtype)
     assert packed.biases is not None
-    codes = np.array(split_codes(packed.weight, choice.bits), dtype=np.float32)
+    codes = codes_of(packed.weight, choice.bits).astype(np.float32)
     codes = codes.reshape(4, -1, choice.group_size)
     scales, biases = (np.array(part.astype(mx.float32)) for part in (packed.scales, packed.biases))
     expected = (codes * scales[..., None] + biases[..., None]).reshape(4, 256)

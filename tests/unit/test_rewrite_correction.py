@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from support_codes import weighted_error
 from support_measure import quick_options, save_tiny, write_calibration
 from support_models import LLAMA, QWEN3_MOE
 
@@ -15,7 +16,7 @@ from mlx_optiq_ext.convert import rewrite
 from mlx_optiq_ext.convert.rewrite import Rewriter
 from mlx_optiq_ext.measure.moments import ExpertGrams
 from mlx_optiq_ext.models.walk import get_module
-from mlx_optiq_ext.quant.correct import Level, pack_fast, pack_plain, unpack, weighted_error
+from mlx_optiq_ext.quant.correct import Level, pack_fast, pack_plain, unpack
 from mlx_optiq_ext.quant.reference import open_reference, parse_candidates
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.progress import ignore_progress
@@ -70,8 +71,8 @@ def test_float_modes_are_written_with_the_scales_that_were_measured(
     assert not mx.array_equal(written, unpack(plain, choice).astype(written.dtype))
     error = np.square(np.array(written.astype(mx.float32)) - np.array(weight.astype(mx.float32)))
     ours = float((error * np.array(importance)).sum())
-    assert ours < 0.999 * float(weighted_error(weight, plain, choice, importance))
-    assert ours == pytest.approx(float(weighted_error(weight, fitted, choice, importance)), rel=1e-2)
+    assert ours < 0.999 * weighted_error(weight, plain, choice, importance)
+    assert ours == pytest.approx(weighted_error(weight, fitted, choice, importance), rel=1e-2)
 
 
 def test_float_modes_without_inputs_are_reported(
