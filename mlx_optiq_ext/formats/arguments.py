@@ -83,13 +83,11 @@ def options_from(namespace: argparse.Namespace, struct_type: type[_S], *, prefix
 
 def given_options(
     namespace: argparse.Namespace, struct_type: type[msgspec.Struct], *, prefix: str = ""
-) -> list[str]:
-    """Flags of ``struct_type`` that appear in ``namespace``, in declaration order."""
-    return [
-        flag_name(option.name, prefix=prefix)
-        for option in _options(struct_type)
-        if hasattr(namespace, _dest(option.name, prefix))
-    ]
+) -> tuple[str, ...]:
+    """Names of the fields whose flags were given, after flattening, in declaration order."""
+    return tuple(
+        option.name for option in _options(struct_type) if hasattr(namespace, _dest(option.name, prefix))
+    )
 
 
 def option_names(struct_type: type[msgspec.Struct]) -> tuple[str, ...]:

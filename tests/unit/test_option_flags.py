@@ -46,7 +46,14 @@ def test_given_flags_override_and_the_rest_keeps_its_default(prefix):
 
 def test_flags_not_given_leave_no_trace():
     assert vars(parse()) == {}
-    assert given_options(parse("--mode", "b", "--no-resume"), Outer) == ["--mode", "--resume"]
+
+
+@pytest.mark.parametrize("prefix", ["", "optiq-"])
+def test_what_was_given_is_known_by_name(prefix):
+    words = (f"--{prefix}mode", "b", f"--no-{prefix}resume", f"--{prefix}depth", "3")
+    given = given_options(parse(*words, prefix=prefix), Outer, prefix=prefix)
+    assert set(given) == {"mode", "resume", "depth"}
+    assert given == tuple(name for name in option_names(Outer) if name in given)
 
 
 @pytest.mark.parametrize(

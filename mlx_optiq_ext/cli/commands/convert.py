@@ -10,12 +10,11 @@ import argparse
 import shlex
 from pathlib import Path
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
+from mlx_optiq_ext.cli.arguments import add_options, given_options, options_from
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.card import has_chat_template
 from mlx_optiq_ext.convert.model import ConversionResult, convert_model
-from mlx_optiq_ext.formats.arguments import option_names
 from mlx_optiq_ext.formats.atomic import require_absent
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model
@@ -45,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
         args.model, options.measure.revision, progress=console.progress,
         trust_remote_code=options.measure.trust_remote_code,
     )  # fmt: skip
-    given = {name for name in option_names(ConvertOptions) if hasattr(args, name)}
-    result = convert_model(ref, options, out, progress=console.progress, given=given)
+    result = convert_model(
+        ref, options, out, progress=console.progress, given=given_options(args, ConvertOptions)
+    )
     for note in result.notes:
         console.note(f"note: {note}")
     console.result(result, "" if console.json_output else render(result, is_terminal=console.out.isatty()))
