@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SEAMS", "install", "run_as_script", "uninstall"]
 
-SEAMS = frozenset({"mlx_lm.convert"})
+SEAMS = frozenset({"mlx_lm.convert", "mlx_lm.models.base"})
 """Modules that have a patch; a test compares this with ``patches.registry.PATCHES``."""
 
 

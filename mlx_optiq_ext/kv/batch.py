@@ -13,7 +13,7 @@ from mlx_lm.models.cache import _BaseCache
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.kv.cache import MixedKVCache, present
-from mlx_optiq_ext.kv.ends import ExactEnds
+from mlx_optiq_ext.kv.ends import ExactEnds, RowEnds
 from mlx_optiq_ext.kv.state import pack_state, same_layout, state_arrays, unpack_state
 from mlx_optiq_ext.kv.store import Layout, Store, roll_columns
 
@@ -81,8 +81,10 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
         keys, values = self.store.view(0, columns)
         exact = None
         if self.ends.is_kept:
-            padding = self.left_padding - (self.store.used - columns)
-            exact = self.ends.exact_of_rows(columns, padding, self.offset)
+            overhang = self._overhang()
+            start = self.left_padding - (self.store.used - columns)
+            rows = RowEnds(start, columns - overhang, self.offset - overhang)
+            exact = self.ends.exact_of_rows(columns, rows)
         return present(self.store, keys, values, columns, exact)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:

@@ -66,7 +66,9 @@ def layouts(caches: CacheMap, config: KVConfig) -> dict[tuple[int, int | None], 
             "make one for this model with `optiq kv-cache MODEL`"
         )
     return {
-        place: _layout(site, named.get(place) or KVLayer(index=site.index, member=site.member), config, caches)
+        place: _layout(
+            site, named.get(place) or KVLayer(index=site.index, member=site.member), config, caches
+        )
         for place, site in known.items()
     }
 

@@ -5,13 +5,25 @@ these columns from here. Belongs to one cache.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_optiq_ext.kv.store import Store, roll_columns
 from mlx_optiq_ext.kv.stored import Exact
 
-__all__ = ["ExactEnds"]
+__all__ = ["ExactEnds", "RowEnds"]
+
+
+class RowEnds(NamedTuple):
+    """Where the tokens of every row are in a view, (B,) each."""
+
+    start: mx.array
+    """Column of the first token; below zero where it is out of view."""
+    end: mx.array
+    """Column behind the last token."""
+    length: mx.array
+    """Tokens of the row, those out of view included."""
 
 
 class ExactEnds:
@@ -133,18 +145,19 @@ class ExactEnds:
         where = mx.array([*range(first), *range(columns - last, columns)], dtype=mx.int32)[None]
         return self._exact(where, False, first, last)
 
-    def exact_of_rows(self, columns: int, padding: mx.array, length: mx.array) -> tuple[Exact, Exact] | None:
-        """The same where row b starts at column ``padding[b]`` and has ``length[b]`` tokens."""
+    def exact_of_rows(self, columns: int, rows: "RowEnds") -> tuple[Exact, Exact] | None:
+        """The same where every row has a start and an end of its own in the view."""
         first = self.first if self.first_arrays else 0
         last = min(self.last_arrays[0].shape[2], columns) if self.last_arrays else 0
         if not first + last:
             return None
-        starts = padding[:, None]
-        at_first = mx.broadcast_to(mx.arange(first)[None], (padding.shape[0], first))
-        at_last = mx.arange(columns - last, columns)[None]
-        recent = mx.logical_and(at_last >= starts + first, at_last >= columns - self.recent)
-        valid = mx.concatenate([at_first < length[:, None], recent], axis=1)
-        at_last = mx.broadcast_to(at_last, (padding.shape[0], last))
+        starts, ends = rows.start[:, None], rows.end[:, None]
+        at_first = mx.broadcast_to(mx.arange(first)[None], (starts.shape[0], first))
+        at_last = mx.broadcast_to(mx.arange(columns - last, columns)[None], (starts.shape[0], last))
+        recent = mx.logical_and(at_last >= starts + first, at_last >= ends - self.recent)
+        valid = mx.concatenate(
+            [at_first < rows.length[:, None], mx.logical_and(recent, at_last < ends)], axis=1
+        )
         where = mx.where(valid, mx.concatenate([starts + at_first, at_last], axis=1), columns)
         return self._exact(where.astype(mx.int32), True, first, last)
 

@@ -70,9 +70,7 @@ def all_caches(caches: Sequence[Any]) -> Iterator[tuple[int, int | None, Any]]:
             yield index, None, cache
 
 
-def replace_caches(
-    caches: list[Any], make: Callable[[int, int | None, Any], Any | None]
-) -> list[Any]:
+def replace_caches(caches: list[Any], make: Callable[[int, int | None, Any], Any | None]) -> list[Any]:
     """A copy of a list of caches where ``make(index, member, cache)`` answered something else than None."""
     made = {(i, m): make(i, m, cache) for i, m, cache in all_caches(caches)}
     replaced: list[Any] = []
@@ -114,7 +112,10 @@ def _observe(model: nn.Module, max_kv_size: int | None) -> CacheMap:
     if not sites:
         raise UnsupportedModel(
             f"{type(model).__module__}: no cache of keys and values that could be stored otherwise; "
-            + ("; ".join(f"cache {name}: {why}" for name, why in refused) or "it has state-space layers only")
+            + (
+                "; ".join(f"cache {name}: {why}" for name, why in refused)
+                or "none is a KVCache or a RotatingKVCache"
+            )
         )
     return CacheMap(sites=sites, refused=refused, dense=_why_dense(model, max_kv_size, sites))
 
@@ -204,9 +205,7 @@ def _why_dense(model: nn.Module, max_kv_size: int | None, sites: tuple[KVSite, .
     return f"the model computes on cached keys or values itself ({reason})"
 
 
-def _plain(
-    model: nn.Module, max_kv_size: int | None, sites: tuple[KVSite, ...], *, dense: bool
-) -> list[Any]:
+def _plain(model: nn.Module, max_kv_size: int | None, sites: tuple[KVSite, ...], *, dense: bool) -> list[Any]:
     """Our caches at every site, in full precision."""
     by_place = {(site.index, site.member): site for site in sites}
 

@@ -4,6 +4,7 @@ Knows how columns are written, dropped, shifted and joined, not which tokens the
 ``batch`` do. Every operation applies to keys and values alike.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,10 @@ class Layout:
         self.recent, self.first = (recent, first if window is None else 0) if packed else (0, 0)
         self.dense = dense
 
+    def __deepcopy__(self, _: dict[int, object]) -> "Layout":
+        """Layouts never change: copies of a cache share theirs."""
+        return self
+
     @property
     def slack(self) -> int:
         """Columns that a sliding cache holds beyond its window before it drops any (an eighth of it)."""
@@ -64,6 +69,13 @@ class Store:
         """Key parts, then value parts: arrays (B, H, capacity, ·); empty before the first append."""
         self.used = 0
         self.dtype: mx.Dtype = mx.float32
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Store":
+        """The same columns in arrays of their own."""
+        copied = Store(self.layout)
+        copied.parts = copy.deepcopy(self.parts, memo)
+        copied.used, copied.dtype = self.used, self.dtype
+        return copied
 
     @property
     def capacity(self) -> int:

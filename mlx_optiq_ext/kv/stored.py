@@ -48,6 +48,9 @@ class Stored:
         self.codec, self.parts, self.columns = codec, parts, columns
         self.dtype, self.exact = dtype, exact
 
+    is_optiq_stored = True
+    """By this the patched attention knows what it is given, without importing anything."""
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, S, D)."""

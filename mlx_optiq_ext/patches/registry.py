@@ -11,12 +11,13 @@ from typing import Literal
 import msgspec
 
 from mlx_optiq_ext.errors import PatchError
+from mlx_optiq_ext.patches.attention import PATCH as ATTENTION
 from mlx_optiq_ext.patches.convert_recipe import PATCH as CONVERT_RECIPE
 from mlx_optiq_ext.patches.patch import Patch, Undo, check_version, mlx_lm_version
 
 __all__ = ["PATCHES", "PatchReport", "apply_all", "apply_to", "is_active", "report", "revert_all"]
 
-PATCHES: tuple[Patch, ...] = (CONVERT_RECIPE,)
+PATCHES: tuple[Patch, ...] = (ATTENTION, CONVERT_RECIPE)
 
 _undos: dict[str, Undo] = {}
 _failures: dict[str, str] = {}
