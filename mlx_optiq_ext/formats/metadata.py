@@ -7,6 +7,7 @@ import msgspec
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.atomic import write_json_atomic
+from mlx_optiq_ext.formats.records import RecordForm, convert_record, parse_json, read_record
 from mlx_optiq_ext.types.metadata import CheckpointMetadata, PublishedMetadata
 from mlx_optiq_ext.types.quant import KEEP, BitMap, Choice
 
@@ -14,7 +15,7 @@ __all__ = ["METADATA_FILE", "decode_metadata", "find_metadata", "read_metadata",
 
 METADATA_FILE = "optiq/metadata.json"
 _OLD_FILE = "optiq_metadata.json"
-_NEWEST = 1
+_FORM = RecordForm(name="conversion record", remedy="convert again with `optiq convert`")
 
 
 def write_metadata(folder: Path, metadata: CheckpointMetadata) -> Path:
@@ -42,7 +43,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata | PublishedMetadata:
     path = find_metadata(folder)
     if path is None:
         raise UsageError(f"{folder} has no {METADATA_FILE}: optiq did not make this checkpoint")
-    return decode_metadata(path.read_bytes(), str(path))
+    return decode_metadata(read_record(path, _FORM), str(path))
 
 
 def decode_metadata(data: bytes, where: str = METADATA_FILE) -> CheckpointMetadata | PublishedMetadata:
@@ -54,19 +55,13 @@ def decode_metadata(data: bytes, where: str = METADATA_FILE) -> CheckpointMetada
     Raises:
         UsageError: Neither form, or a version newer than this package knows.
     """
+    document = parse_json(data, where, _FORM)
+    if not isinstance(document, dict) or "format_version" in document:
+        return convert_record(document, CheckpointMetadata, where, _FORM)
     try:
-        raw = msgspec.json.decode(data, type=dict[str, Any])
-        version = raw.get("format_version")
-        if isinstance(version, int) and version > _NEWEST:
-            raise UsageError(
-                f"{where} has format version {version}, this package reads up to {_NEWEST}; "
-                "upgrade mlx-optiq-ext"
-            )
-        if version is not None:
-            return msgspec.json.decode(data, type=CheckpointMetadata)
-        return _published(raw)
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"{where} is not a checkpoint's metadata: {error}") from error
+        return _published(document)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{where} is not a {_FORM.name}: {error}; {_FORM.remedy}") from error
 
 
 class _PublishedChoice(msgspec.Struct, frozen=True):

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.records import RecordForm, convert_record, parse_json, read_record
 from mlx_optiq_ext.types.score import ScoreReport
 
 __all__ = ["decode_score", "encode_score", "read_score"]
 
-_NEWEST = 1
+_FORM = RecordForm(name="score record", remedy="write it anew with `optiq score`")
 
 
 def encode_score(report: ScoreReport) -> bytes:
@@ -26,18 +26,7 @@ def decode_score(data: bytes, where: str = "score.json") -> ScoreReport:
     Raises:
         UsageError: Not a score record, or of a version newer than this package knows.
     """
-    try:
-        report = msgspec.json.decode(data, type=ScoreReport)
-    except msgspec.MsgspecError as error:
-        raise UsageError(
-            f"{where} is not a score record ({error}); write it anew with optiq score"
-        ) from error
-    if not 1 <= report.format_version <= _NEWEST:
-        raise UsageError(
-            f"{where} has format version {report.format_version}, this package reads up to {_NEWEST}; "
-            "upgrade mlx-optiq-ext or write it anew with optiq score"
-        )
-    return report
+    return convert_record(parse_json(data, where, _FORM), ScoreReport, where, _FORM)
 
 
 def read_score(path: Path) -> ScoreReport:
@@ -46,8 +35,4 @@ def read_score(path: Path) -> ScoreReport:
     Raises:
         UsageError: Missing, unreadable or not a score record.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); optiq score makes one") from error
-    return decode_score(data, str(path))
+    return decode_score(read_record(path, _FORM), str(path))

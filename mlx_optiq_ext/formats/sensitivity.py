@@ -14,11 +14,12 @@ import msgspec
 from mlx_optiq_ext.errors import MeasurementError, UsageError
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.published import table_from_published
+from mlx_optiq_ext.formats.records import RecordForm, convert_record, read_record
 from mlx_optiq_ext.types.quant import SensitivityTable
 
 __all__ = ["decode_sensitivity", "encode_sensitivity", "read_sensitivity", "write_sensitivity"]
 
-_VERSION = 1
+_FORM = RecordForm(name="sensitivity file", remedy="measure again with `optiq measure`")
 _NAMES = ("sensitivity.json", "optiq/sensitivity.json", "sensitivity_checkpoint.json")
 _LINE_PER_ENTRY = ("units", "probes")
 
@@ -32,11 +33,7 @@ def read_sensitivity(path: str | Path) -> SensitivityTable:
         UsageError: No such file, not a sensitivity file, or a version this package does not know.
     """
     file = _locate(Path(path))
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read sensitivity file {file}: {error.strerror or error}") from error
-    return decode_sensitivity(data, str(file))
+    return decode_sensitivity(read_record(file, _FORM), str(file))
 
 
 def write_sensitivity(path: str | Path, table: SensitivityTable) -> None:
@@ -88,18 +85,7 @@ def decode_sensitivity(data: bytes, where: str) -> SensitivityTable:
         document = _decode_leniently(data, where)
     if isinstance(document, list) or (isinstance(document, dict) and "layers" in document):
         return table_from_published(document, where)
-    if not isinstance(document, dict) or "format_version" not in document:
-        raise UsageError(f"{where} is no sensitivity file: no format_version; `optiq measure` makes one")
-    version = document["format_version"]
-    if version != _VERSION:
-        raise UsageError(
-            f"{where} has format_version {version!r}; this package reads {_VERSION}: upgrade mlx-optiq-ext, "
-            "or measure again"
-        )
-    try:
-        return msgspec.convert(document, SensitivityTable)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{where} is not a valid sensitivity file: {error}; measure again") from error
+    return convert_record(document, SensitivityTable, where, _FORM)
 
 
 def _locate(path: Path) -> Path:
@@ -117,4 +103,4 @@ def _decode_leniently(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} is not JSON ({error}); measure again") from error
+        raise UsageError(f"{where} is not JSON ({error}); {_FORM.remedy}") from error

@@ -84,8 +84,8 @@ def test_older_published_form_at_the_old_place_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"[1]", "not a checkpoint's metadata"),
-        (b'{"format_version": 2}', "format version 2, this package reads up to 1; upgrade"),
+        (b"[1]", "not a conversion record: it has no format_version"),
+        (b'{"format_version": 2}', "format version 2, this package reads up to 1: upgrade"),
         (b'{"format_version": 1, "base_model": "x"}', "missing required field"),
         (b'{"base_model": "x"}', "neither format_version nor per_layer"),
         (b'{"per_layer": {"a": {"bits": 7}}}', "is not a choice"),

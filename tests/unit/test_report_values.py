@@ -225,5 +225,5 @@ def test_score_record_round_trips_and_bad_ones_are_refused(tmp_path) -> None:
         decode_score(encode_score(replace(report, format_version=99)))
     with pytest.raises(UsageError, match="not a score record"):
         decode_score(b'{"rows": 3}', "x.json")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot read score record"):
         read_score(tmp_path / "none.json")
