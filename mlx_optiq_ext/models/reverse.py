@@ -6,6 +6,7 @@ module saw and the gradient of its output. Called by ``measure``.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from mlx_optiq_ext.models.effects import Effects
 from mlx_optiq_ext.models.intercept import constant_indices, intercepted
 from mlx_optiq_ext.models.tape import Tape
 from mlx_optiq_ext.models.taps import Capture, UnitTap
+from mlx_optiq_ext.models.walk import Quantizable
 
 __all__ = ["NodeCaptures", "Reverse"]
 
@@ -90,7 +92,7 @@ class Reverse:
                 full[k] = leaf
             args, kwargs = node.rebuild_inputs(full)
             effects = Effects((args, kwargs))
-            with intercepted(members, tap):
+            with self._tapped(members, tap):
                 return effects.after(block(*args, **kwargs))[0]
 
         shapes = UnitTap(self._tape.paths)
@@ -110,6 +112,10 @@ class Reverse:
         for k, gradient in zip(free, grads[: len(free)], strict=True):
             self._pass_down(n, k, item, gradient)
         return captures
+
+    def _tapped(self, members: list[Quantizable], tap: UnitTap) -> AbstractContextManager[None]:
+        """Let the tap see what a block computes while the context lasts."""
+        return intercepted(members, tap)
 
     def _pass_down(self, n: int, position: int, item: int, gradient: mx.array) -> None:
         """Add the gradient of one input of call ``n`` to whatever made it."""

@@ -55,26 +55,30 @@ class Tape:
         model: Module tree; its blocks are loaded and released through ``memory``.
         tokens: int array (W, T), W windows of T tokens.
         memory: What makes a block's weights present; everything resident by default.
+        call: Runs the model on tokens; given where it wants caches besides, and then no unit is watched.
     Owner thread: the one that builds it.
     """
 
-    def __init__(self, model: nn.Module, tokens: mx.array, memory: BlockMemory | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: mx.array,
+        memory: BlockMemory | None = None,
+        call: Callable[[mx.array], Any] | None = None,
+    ) -> None:
+        self.model, self._call = model, call or model
         self.tokens = tokens
         self.memory = memory or BlockMemory()
         self.blocks = find_blocks(model)
         self.nodes: list[Node] = []
         self.tied_head: str | None = None
         """Path of the embedding that serves as head; known after :meth:`forward`."""
-        modules = quantizable_modules(model)
+        modules = quantizable_modules(model) if call is None else {}
         self.paths = {id(module): path for path, module in modules.items()}
         vocab = max((m.weight.shape[0] for m in modules.values() if isinstance(m, nn.Embedding)), default=0)
         self.outside = [m for path, m in modules.items() if self.blocks.index_of(path) is None]
-        self.heads = frozenset(
-            self.paths[id(m)]
-            for m in self.outside
-            if not isinstance(m, nn.Embedding) and vocab and m.weight.shape[0] == vocab
-        )
+        heads = (m for m in self.outside if not isinstance(m, nn.Embedding))
+        self.heads = frozenset(self.paths[id(m)] for m in heads if vocab and m.weight.shape[0] == vocab)
         self._modules = modules
         self._one_more: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = []
         self._block_index = {id(module): i for i, module in enumerate(self.blocks.modules)}
@@ -121,7 +125,7 @@ class Tape:
             return output
 
         with intercepted(self.blocks.modules, run):
-            self.model(self.tokens)
+            self._call(self.tokens)
 
     def find_windows(self) -> None:
         """Find out which axis counts windows at every boundary, without running anything.
@@ -194,7 +198,7 @@ class Tape:
             return replay((args, kwargs), outcome)
 
         with intercepted(self.blocks.modules, answer), intercepted(self.outside, tap):
-            logits = logits_of(self.model(self.tokens[window : window + 1]))
+            logits = logits_of(self._call(self.tokens[window : window + 1]))
         return logits, inputs
 
     def run_from(self, start: int, windows: Sequence[int]) -> mx.array:
@@ -213,7 +217,7 @@ class Tape:
             return original(*args, **kwargs)
 
         with intercepted(self.blocks.modules, answer):
-            return logits_of(self.model(self.tokens[mx.array(list(windows))]))
+            return logits_of(self._call(self.tokens[mx.array(list(windows))]))
 
     def _shapes_of_one_more(self) -> list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]:
         """Shapes at every boundary with one more window: what grew is the window axis. Evaluates nothing."""
@@ -234,7 +238,7 @@ class Tape:
             return original(*args, **kwargs)
 
         with intercepted(self.blocks.modules, note), intercepted(self.outside, watch):
-            self.model(mx.concatenate([self.tokens, self.tokens[:1]]))
+            self._call(mx.concatenate([self.tokens, self.tokens[:1]]))
         if not shapes:
             raise UnsupportedModel(f"{type(self.model).__module__}: the model runs none of its listed blocks")
         return shapes

@@ -73,15 +73,19 @@ class UnitTap:
             return self._head(args[0], original) if self._head is not None else original(*args, **kwargs)
         second = args[1] if len(args) > 1 else kwargs.get("indices", kwargs.get("transpose"))
         experts = second if isinstance(second, mx.array) else None
-        self.calls.append(Call(path, copy(args[0]), experts, second is False, False))
+        call = Call(path, copy(args[0]), experts, second is False, False)
         output = original(*args, **kwargs)
         pieces = list(output) if isinstance(output, list | tuple) else [output]
-        y = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
-        self.output_shapes.append((y.shape, y.dtype))
+        y = self.add(call, pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1))
         if self._deltas is None:
             return output
-        y = y + self._deltas[len(self.calls) - 1]
         if isinstance(output, mx.array):
             return y
         ends = list(accumulate(piece.shape[-1] for piece in pieces))
         return mx.split(y, ends[:-1], axis=-1)
+
+    def add(self, call: Call, y: mx.array) -> mx.array:
+        """Note a call and its output, and add the delta to that; lazy."""
+        self.calls.append(call)
+        self.output_shapes.append((y.shape, y.dtype))
+        return y if self._deltas is None else y + self._deltas[len(self.calls) - 1]

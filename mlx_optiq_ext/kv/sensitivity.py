@@ -1,0 +1,195 @@
+"""How much the output changes when one layer's keys or values are stored in fewer bits.
+
+One recorded forward pass and one reverse pass per label sample estimate every choice of every tensor, as for
+weights: ½ Σ g²·e², with the gradient g and the rounding error e of every cached number, in the coordinates
+in which it is stored. Called by ``convert.kv_cache``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_optiq_ext.errors import MeasurementError
+from mlx_optiq_ext.kv.build import encode_mean
+from mlx_optiq_ext.kv.codec import Codec
+from mlx_optiq_ext.kv.gradients import CacheReverse, cache_tape, tensor_name
+from mlx_optiq_ext.kv.observe import CacheMap
+from mlx_optiq_ext.measure.fisher import sampled_label_gradient
+from mlx_optiq_ext.models.taps import Capture
+from mlx_optiq_ext.types.kv import KVProbe, KVSite, KVTensor
+from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
+from mlx_optiq_ext.types.quant import AFFINE_BITS, AFFINE_GROUPS, KEEP, Choice
+
+__all__ = ["CacheEstimates", "KVTokens", "choices_for", "estimate_divergences"]
+
+Floats = NDArray[np.float64]
+
+
+class KVTokens(NamedTuple):
+    """Windows of one prefix length."""
+
+    length: int
+    tokens: NDArray[np.int32]
+    """(W, length)."""
+
+
+class CacheEstimates(NamedTuple):
+    """What was measured of every tensor."""
+
+    probes: tuple[KVProbe, ...]
+    key_means: tuple[str, ...]
+    """Per site, see :attr:`KVLayer.key_mean`."""
+    silent: tuple[str, ...]
+    """Tensors whose gradient is exactly zero: they act through a choice, which no derivative sees."""
+
+
+def choices_for(
+    dim: int, bits: Sequence[int] = AFFINE_BITS, groups: Sequence[int] = AFFINE_GROUPS
+) -> tuple[Choice, ...]:
+    """Storages that a head of ``dim`` numbers allows, in ascending stored bits; keep is the last."""
+    found = [Choice(bits=b, group_size=g) for b in bits for g in groups if dim % g == 0]
+    return (*sorted(found, key=lambda choice: (choice.bpw(), choice)), KEEP)
+
+
+def estimate_divergences(
+    model: nn.Module,
+    caches: CacheMap,
+    text: Sequence[KVTokens],
+    candidates: Mapping[tuple[str, KVTensor], Sequence[Choice]],
+    *,
+    rotate: bool = True,
+    samples: int = 1,
+    seed: int = 0,
+    progress: ProgressSink = ignore_progress,
+) -> CacheEstimates:
+    """Estimate the divergence of every choice of every tensor at every prefix length.
+
+    Args:
+        model: Weights resident, float32 where the back end needs it.
+        caches: From ``observe``.
+        text: Windows by length; the mean over lengths is what is allocated for.
+        candidates: Choices by (site name, tensor).
+        rotate: Centre keys, rotate keys and values.
+        samples: Sampled labels per position.
+        seed: Of the labels.
+        progress: Stages ``forward`` and ``measure``.
+    Raises:
+        MeasurementError: Gradients are not finite, or a block gave none at all.
+    Cost: per length one forward, and per sample one recomputation and one backward, one block in memory.
+    """
+    sums: dict[tuple[str, KVTensor], list[Floats]] = {}
+    means = _KeyMeans(caches.sites)
+    for number, windows in enumerate(text):
+        for site, tensor, captures in _captured(model, caches, windows, samples, seed + number, progress):
+            key = (site.name, tensor)
+            codec_mean = means.of(site, captures) if rotate and tensor == "k" else None
+            costs = [
+                _divergence(captures, Codec(choice, captures[0].g.shape[-1], rotate=rotate, mean=codec_mean))
+                for choice in candidates[key]
+            ]
+            sums.setdefault(key, []).append(np.array(costs) / samples)
+    probes, silent = [], []
+    for site in caches.sites:
+        for tensor in ("k", "v"):
+            key = (site.name, tensor)
+            if key not in sums:
+                raise MeasurementError(
+                    f"cache {site.name}: no block of the model filled it in the recorded pass; "
+                    "leave this cache in full precision"
+                )
+            if not any(windows.any() for windows in sums[key]):
+                silent.append(tensor_name(site, tensor))
+            probes += [
+                _probe(site, tensor, choice, [windows[row] for windows in sums[key]])
+                for row, choice in enumerate(candidates[key])
+            ]
+    key_means = tuple(encode_mean(means.found[site.name]) for site in caches.sites) if rotate else ()
+    return CacheEstimates(tuple(probes), key_means, tuple(silent))
+
+
+class _KeyMeans:
+    """Mean key per head; the first length measured decides, so that all are rounded alike."""
+
+    def __init__(self, sites: Sequence[KVSite]) -> None:
+        self.found: dict[str, mx.array] = {}
+
+    def of(self, site: KVSite, captures: list[Capture]) -> mx.array:
+        if site.name not in self.found:
+            total = sum((c.call.x.astype(mx.float32).sum(axis=(0, 2)) for c in captures), mx.array(0.0))
+            count = sum(c.call.x.shape[0] * c.call.x.shape[2] for c in captures)
+            mean = (total / count).astype(mx.float16).astype(mx.float32)
+            mx.eval(mean)
+            self.found[site.name] = mean
+        return self.found[site.name]
+
+
+def _captured(
+    model: nn.Module,
+    caches: CacheMap,
+    windows: KVTokens,
+    samples: int,
+    seed: int,
+    progress: ProgressSink,
+) -> Iterator[tuple[KVSite, KVTensor, list[Capture]]]:
+    """Every tensor of every cache with its gradient, all windows together."""
+    tape, switch = cache_tape(model, caches, mx.array(windows.tokens))
+    detail, total = f"{windows.length} tokens", len(tape.blocks)
+    tape.forward(lambda done: progress(Progress(stage="forward", done=done, total=total, detail=detail)))
+
+    def cotangent(item: int, logits: mx.array) -> mx.array:
+        return sampled_label_gradient(logits, mx.random.key(seed * 1_000_003 + item))
+
+    by_name = {tensor_name(site, tensor): (site, tensor) for site in caches.sites for tensor in ("k", "v")}
+    done = 0
+    for captured in CacheReverse(tape, switch, cotangent, samples).run():
+        found: dict[str, list[Capture]] = {}
+        for captures in captured.items:
+            for capture in captures:
+                found.setdefault(capture.call.path, []).append(capture)
+        captured.items.clear()
+        for name, captures in found.items():
+            site, tensor = by_name[name]
+            yield site, tensor, captures
+        found.clear()
+        mx.clear_cache()
+        done += 1
+        progress(Progress(stage="measure", done=min(done, total), total=total, detail=detail))
+
+
+def _divergence(captures: list[Capture], codec: Codec) -> list[float]:
+    """½ Σ g²·e² per position, one number per window (and label sample); evaluates."""
+    costs = []
+    for capture in captures:
+        if not codec.is_packed:
+            costs.append(mx.array(0.0))
+            continue
+        stored = codec.transform(capture.call.x.astype(mx.float32))
+        error = codec.unpack(codec.pack(stored)) - stored
+        gradient = codec.turn(capture.g.astype(mx.float32)) * codec.product_scale
+        costs.append(0.5 * mx.sum(mx.square(gradient * error)) / stored.shape[2])
+    values = mx.stack(costs)
+    mx.eval(values)
+    found: list[float] = values.tolist()
+    if not np.isfinite(found).all():
+        raise MeasurementError(
+            f"{captures[0].call.path}: gradients or rounding errors are not finite; measure in float32"
+        )
+    return found
+
+
+def _probe(site: KVSite, tensor: KVTensor, choice: Choice, lengths: list[Floats]) -> KVProbe:
+    by_length = tuple(float(windows.mean()) for windows in lengths)
+    variances = [float(w.var(ddof=1)) / len(w) for w in lengths if len(w) > 1]
+    return KVProbe(
+        index=site.index,
+        member=site.member,
+        tensor=tensor,
+        choice=choice,
+        divergence=float(np.mean(by_length)),
+        stderr=float(np.sqrt(sum(variances))) / len(lengths) if variances else 0.0,
+        by_length=by_length,
+    )
