@@ -1,37 +1,64 @@
-"""A sensitivity file in place of a measurement: options it leaves without effect, candidates it offers.
+"""Files in place of a measurement and of a choice: options they leave without effect, what they offer.
 
 Called by ``convert.model`` before the long work.
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.allocation import read_allocation
 from mlx_optiq_ext.formats.arguments import flag_name
+from mlx_optiq_ext.quant.bitmap import price_bit_map
 from mlx_optiq_ext.quant.reference import parse_candidates
-from mlx_optiq_ext.types.options import MeasureOptions
-from mlx_optiq_ext.types.quant import Choice, SensitivityTable
+from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, MeasureOptions
+from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
 
-__all__ = ["calibration_notes", "refuse_measuring_options", "restrict_candidates"]
+__all__ = ["calibration_notes", "check_given", "given_allocation", "restrict_candidates"]
 
 _ONLY_MEASURING = ("method", "probes", "seed", "label_samples")
+_CANDIDATES = ("candidate_bits", "candidate_groups")
 
 
-def refuse_measuring_options(given: Collection[str]) -> None:
-    """Refuse options that only a measurement would obey.
+def check_given(options: ConvertOptions, given: Collection[str]) -> None:
+    """Refuse a conversion without a target, and options that have no effect beside a file.
 
     Args:
-        given: Names of the options that were set.
+        options: Of the conversion.
+        given: Names of the options that were set, where that is known.
     Raises:
         UsageError: Names them.
     """
-    unused = [flag_name(name) for name in _ONLY_MEASURING if name in given]
-    if unused:
-        raise UsageError(
-            f"--sensitivity takes the place of a measurement, and {', '.join(unused)} would have no effect: "
-            "leave out one or the other"
-        )
+    if options.sensitivity:
+        _refuse_beside("--sensitivity", "a measurement", [name for name in _ONLY_MEASURING if name in given])
+    wanted = options.allocate
+    if options.allocation:
+        if not options.sensitivity:
+            raise UsageError(
+                f"--allocation needs --sensitivity: the file that {options.allocation} was chosen from"
+            )
+        unused = [
+            name
+            for name in AllocateOptions.__struct_fields__
+            if getattr(wanted, name) != getattr(AllocateOptions(), name)
+        ]
+        unused += [name for name in _CANDIDATES if name in given]
+        _refuse_beside("--allocation", "choosing", unused)
+    elif all(target is None for target in (wanted.target_bpw, wanted.target_size, wanted.fit)):
+        raise UsageError("no target: give --target-bpw 5.0, --target-size 4.5GB or --fit 8GB")
+
+
+def given_allocation(file: Path, table: SensitivityTable) -> Allocation:
+    """The choices of a bit map file, with the stored bits and predictions of the table at hand.
+
+    Raises:
+        UsageError: It cannot be read, or is not of the table's tensors.
+    """
+    given = read_allocation(file)
+    held = tuple(pin for pin in given.pins if given.bit_map.choices.get(pin.path) == pin.choice)
+    return replace(price_bit_map(table, given.bit_map), pins=held, budget=f"--allocation {file.name}")
 
 
 def restrict_candidates(
@@ -73,6 +100,14 @@ def calibration_notes(table: SensitivityTable, options: MeasureOptions) -> tuple
     return (
         f"measured on {source}, rounded on the built-in text; give --calibration again to round on the same",
     )
+
+
+def _refuse_beside(flag: str, place: str, unused: Collection[str]) -> None:
+    if unused:
+        names = ", ".join(flag_name(name) for name in unused)
+        raise UsageError(
+            f"{flag} takes the place of {place}, and {names} would have no effect: leave out one or the other"
+        )
 
 
 def _labels(choices: Collection[Choice]) -> str:

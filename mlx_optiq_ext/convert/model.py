@@ -16,11 +16,15 @@ from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.convert.describe import command_line, write_card
-from mlx_optiq_ext.convert.given import calibration_notes, refuse_measuring_options, restrict_candidates
+from mlx_optiq_ext.convert.given import (
+    calibration_notes,
+    check_given,
+    given_allocation,
+    restrict_candidates,
+)
 from mlx_optiq_ext.convert.rewrite import Rewriter
 from mlx_optiq_ext.convert.scoring import score_conversion
 from mlx_optiq_ext.convert.table import outline_table, read_table
-from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent
 from mlx_optiq_ext.formats.metadata import write_metadata
 from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, write_sensitivity
@@ -92,7 +96,7 @@ def convert_model(
 
     Args:
         ref: The unquantized model.
-        options: How to measure and what to spend; exactly one target must be set.
+        options: How to measure and what to spend: exactly one target, or a bit map file.
         out: Folder to make; must not exist.
         given: Names of the options that the user set, where that is known: with a sensitivity file those
             that only a measurement would obey are refused, and candidates choose from the file.
@@ -150,11 +154,7 @@ def expand_bit_map(table: SensitivityTable, allocation: Allocation) -> BitMap:
 def _check(ref: ModelRef, options: ConvertOptions, out: Path, names: Collection[str]) -> _Checked:
     """Everything that can be known to fail before the long work."""
     require_absent(out)
-    targets = [options.allocate.target_bpw, options.allocate.target_size, options.allocate.fit]
-    if all(target is None for target in targets):
-        raise UsageError("no target: give --target-bpw 5.0, --target-size 4.5GB or --fit 8GB")
-    if options.sensitivity:
-        refuse_measuring_options(names)
+    check_given(options, names)
     if options.upload_repo:
         check_upload(options.upload_repo)
     reference = open_reference(ref, options.measure)
@@ -175,6 +175,8 @@ def _set_dtype(reference: Reference, options: ConvertOptions) -> None:
 
 
 def _allocate(table: SensitivityTable, options: ConvertOptions, reference: Reference) -> Allocation:
+    if options.allocation:
+        return given_allocation(Path(options.allocation), table)
     kv = None
     if options.allocate.fit:
         kv = kv_bytes_per_token(reference.config, options.allocate.context, float_bits=table.float_bits)

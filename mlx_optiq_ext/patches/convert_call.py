@@ -116,7 +116,7 @@ def _merged(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]
             )
         uniform = Choice.parse(f"{stock['q_bits']}g{stock['q_group_size'] or 64}")
         options["target_bpw"] = uniform.bpw()
-    elif not given:
+    elif not given and not options.get("allocation"):
         options["target_bpw"] = DEFAULT_TARGET_BPW
     return options
 

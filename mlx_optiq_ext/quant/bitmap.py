@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from mlx_optiq_ext.allocate.budget import Item, Solution, lower_bound, solve
-from mlx_optiq_ext.errors import BudgetInfeasible
+from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
 from mlx_optiq_ext.quant.menu import (
     Menu,
     Offer,
@@ -25,7 +25,7 @@ from mlx_optiq_ext.quant.size import Budget, budget_from, format_nbytes
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, BitMap, Choice, Pin, SensitivityTable
 
-__all__ = ["allocate", "divergence_curve", "uniform_allocation"]
+__all__ = ["allocate", "divergence_curve", "price_bit_map"]
 
 
 class _Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,13 +65,30 @@ def allocate(
     return _allocate_within(plan, budget_from(table, options, kv_bytes_per_token=kv_bytes_per_token))
 
 
-def uniform_allocation(table: SensitivityTable, choice: Choice) -> Allocation:
-    """Every unit stored as ``choice``, or as near to it as its shape, measurements and floor allow."""
+def price_bit_map(table: SensitivityTable, bit_map: BitMap) -> Allocation:
+    """What a bit map made elsewhere stores and is predicted to cost; nothing is chosen, no floor applied.
+
+    Raises:
+        UsageError: Its paths are not the table's, paths that are stored alike differ, or a unit has a choice
+            that its shape does not take or that nothing measured bounds.
+    """
+    paths = {path for unit in table.units for path in unit.paths}
+    strangers = sorted(paths ^ bit_map.choices.keys())
+    if strangers:
+        raise UsageError(
+            f"bit map and sensitivity file are not of the same tensors: only one of them has {strangers[0]}"
+            + (f" and {len(strangers) - 1} more" if strangers[1:] else "")
+        )
     plan = _plan(table, AllocateOptions())
-    picks = [nearest_offer(menu, choice, table.float_bits) for menu in plan.floored]
-    offers = [menu.offers[pick] for menu, pick in zip(plan.floored, picks, strict=True)]
+    offers = [_given_offer(menu, bit_map, table.float_bits) for menu in plan.free]
+    bound = lower_bound(_items(plan.free, speed_weight=0.0), sum(offer.bits for offer in offers))
     allocation = _describe(plan, offers)
-    return replace(allocation, target_bpw=allocation.achieved_bpw, solver="uniform")
+    return replace(
+        allocation,
+        lower_bound=min(max(bound, 0.0), allocation.predicted_divergence),
+        solver="given",
+        uniform=_uniform_rows(plan),
+    )
 
 
 def divergence_curve(
@@ -113,6 +130,25 @@ def _plan(table: SensitivityTable, options: AllocateOptions) -> _Plan:
     return _Plan(
         table=table, options=options, free=tuple(free), floored=floored, menus=tuple(menus), forced=forced
     )
+
+
+def _given_offer(menu: Menu, bit_map: BitMap, float_bits: int) -> Offer:
+    """What a unit becomes by a bit map."""
+    given = {path: bit_map.choices[path] for path in menu.unit.paths}
+    choice = given[menu.unit.path]
+    other = next((path for path in given if given[path] != choice), None)
+    if other is not None:
+        raise UsageError(
+            f"{menu.unit.path} and {other} are stored alike, and the bit map has {choice.label} and "
+            f"{given[other].label}; give both the same"
+        )
+    if menu.unit.shape and not choice.fits(menu.unit.shape[-1]):
+        raise UsageError(
+            f"{menu.unit.path} of shape {menu.unit.shape} cannot be stored as {choice.label}; choose a group "
+            "that divides its last axis, or keep"
+        )
+    menu = with_choice(menu, choice, float_bits)
+    return menu.offers[menu.index_of(choice)]
 
 
 def _allocate_within(plan: _Plan, budget: Budget, *, compare: bool = True) -> Allocation:

@@ -92,7 +92,11 @@ class AllocateOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     solver: Annotated[Literal["exact", "greedy"], _d("Exact knapsack, or the greedy ascent.")] = "exact"
     speed_weight: Annotated[
         float,
-        msgspec.Meta(ge=0.0, description="Nats per token traded for one bit per weight less read per token."),
+        msgspec.Meta(
+            ge=0.0,
+            description="Nats per token that one bit less is worth, per weight that a token reads (experts: "
+            "the active ones). Counts bits read, not the time of a kernel.",
+        ),
     ] = 0.0
 
 
@@ -102,6 +106,10 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     measure: MeasureOptions = MeasureOptions()
     allocate: AllocateOptions = AllocateOptions()
     sensitivity: Annotated[str | None, _d("Use this sensitivity file instead of measuring.")] = None
+    allocation: Annotated[
+        str | None,
+        _d("Bit map of optiq allocate -o, edited or not, in place of a target; needs --sensitivity."),
+    ] = None
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"],
         _d("Type of unquantized tensors, scales and biases."),

@@ -10,19 +10,23 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from support_measure import forbid_forward, quick_options, save_tiny, write_calibration
 from support_models import LLAMA, QWEN3_MOE
 
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.convert.model import convert_model, work_folder
+from mlx_optiq_ext.formats.allocation import write_allocation
 from mlx_optiq_ext.formats.metadata import read_metadata
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
+from mlx_optiq_ext.quant.bitmap import allocate
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.quant.write import CheckpointWriter
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, MeasureOptions
 from mlx_optiq_ext.types.progress import Progress
+from mlx_optiq_ext.types.quant import BitMap, Choice
 
 # Its smallest tensor is 0.9 % of all weights: from 6 to 8 bits it moves the whole by 0.018.
 FINE = {**LLAMA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
@@ -134,6 +138,49 @@ def test_a_given_table_is_retargeted_without_measuring(
         convert_model(fine, _options(text, target, sensitivity=str(fine_table)), out)
         assert _stored_bpw(out, fine) == pytest.approx(target, abs=0.02)
         assert read_sensitivity(out).probes == read_sensitivity(fine_table).probes
+
+
+def test_a_bit_map_of_allocate_is_converted_to_the_same_bytes(
+    fine: ModelRef, fine_table: Path, text: Path, tmp_path: Path
+) -> None:
+    words = ["--target-bpw", "5", "--pin", "*.0.*=6"]
+    assert main(["allocate", str(fine_table), *words, "-o", str(tmp_path / "map.json"), "--json"]) == 0
+    common = ["convert", fine.path, "--sensitivity", str(fine_table), "--calibration", str(text)]
+    common += ["--num-tokens", "256", "--window", "32", "--correction", "none", "--no-score", "--json"]
+    assert main([*common, *words, "-o", str(tmp_path / "chosen")]) == 0
+    given = ["--allocation", str(tmp_path / "map.json")]
+    assert main([*common, *given, "-o", str(tmp_path / "given")]) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "chosen" / name).read_bytes()
+    chosen, priced = (read_metadata(tmp_path / name).allocation for name in ("chosen", "given"))
+    assert priced.budget == "--allocation map.json"
+    assert priced.pins == chosen.pins
+    assert priced.predicted_divergence == chosen.predicted_divergence
+    command = read_metadata(tmp_path / "given").command
+    assert "--allocation" in command
+    assert "--target-bpw" not in command
+
+
+def test_an_edited_bit_map_is_what_is_written_and_counted(
+    fine: ModelRef, fine_table: Path, text: Path, tmp_path: Path
+) -> None:
+    table = read_sensitivity(fine_table)
+    path = "model.layers.3.mlp.down_proj"
+    made = allocate(table, AllocateOptions(target_bpw=5.0, pin=(f"{path}=3",)))
+    edited = dict(made.bit_map.choices) | {path: Choice.parse("8")}
+    write_allocation(tmp_path / "map.json", replace(made, bit_map=BitMap(choices=edited)))
+    options = ConvertOptions(
+        measure=quick_options(text, correction="none"), sensitivity=str(fine_table), score=False,
+        allocation=str(tmp_path / "map.json"),
+    )  # fmt: skip
+    result = convert_model(fine, options, tmp_path / "out")
+    assert result.verification is not None
+    assert result.verification.problems == ()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"][path]["bits"] == 8
+    assert result.allocation.pins == ()
+    assert result.allocation.achieved_bpw > made.achieved_bpw
+    assert _stored_bpw(tmp_path / "out", fine) == pytest.approx(result.allocation.achieved_bpw, abs=1e-3)
 
 
 def test_a_published_file_is_converted_by(

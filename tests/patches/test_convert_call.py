@@ -75,6 +75,12 @@ def test_own_keywords_reach_both_nested_structs(convert):
     assert call.options.score is False
 
 
+def test_a_bit_map_replaces_the_default_target(convert):
+    options = convert(optiq_sensitivity="table.json", optiq_allocation="map.json").options
+    assert options.allocation == "map.json"
+    assert options.allocate.target_bpw is None
+
+
 def test_another_kind_of_target_replaces_the_default(convert):
     allocate = convert(optiq_target_size="900MB").options.allocate
     assert (allocate.target_bpw, allocate.target_size) == (None, "900MB")

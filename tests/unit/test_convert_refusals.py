@@ -62,6 +62,33 @@ def test_no_target(ref: ModelRef, text: Path, tmp_path: Path) -> None:
     _leaves_nothing(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("settings", "given", "message"),
+    [
+        (
+            {"sensitivity": None},
+            (),
+            "--allocation needs --sensitivity: the file that map.json was chosen from",
+        ),
+        ({"allocate": AllocateOptions(target_bpw=5.0)}, (), "--target-bpw would have no effect"),
+        (
+            {"allocate": AllocateOptions(pin=("*=4",), solver="greedy")},
+            (),
+            "--allocation takes the place of choosing, and --pin, --solver would have no effect",
+        ),
+        ({}, ("candidate_bits",), "--candidate-bits would have no effect"),
+        ({}, ("method",), "--sensitivity takes the place of a measurement, and --method would have"),
+    ],
+)
+def test_what_does_not_go_with_a_bit_map(
+    ref: ModelRef, tmp_path: Path, settings: dict[str, Any], given: tuple[str, ...], message: str
+) -> None:
+    files = {"sensitivity": "table.json", "allocation": "map.json"}
+    with pytest.raises(errors.UsageError, match=message):
+        convert_model(ref, ConvertOptions(**(files | settings)), tmp_path / "out", given=given)
+    _leaves_nothing(tmp_path / "out")
+
+
 def test_two_targets(ref: ModelRef, text: Path, tmp_path: Path) -> None:
     with pytest.raises(errors.UsageError):
         convert_model(ref, _options(text, 5.0, target_size="1MB"), tmp_path / "out")

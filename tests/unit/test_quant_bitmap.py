@@ -6,9 +6,9 @@ from support_allocation import choices, linear, small_table
 from support_tables import CHOICES, MOE, make_table
 
 from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
-from mlx_optiq_ext.quant.bitmap import allocate, divergence_curve, uniform_allocation
+from mlx_optiq_ext.quant.bitmap import allocate, divergence_curve, price_bit_map
 from mlx_optiq_ext.types.options import AllocateOptions
-from mlx_optiq_ext.types.quant import KEEP, Choice, Probe, Unit
+from mlx_optiq_ext.types.quant import KEEP, BitMap, Choice, Probe, SensitivityTable, Unit
 
 FOUR_EIGHT = choices("4", "8")
 
@@ -158,10 +158,8 @@ def test_uniform_rows_are_in_ascending_bits_with_their_real_size() -> None:
     table = make_table(blocks=3)
     rows = allocate(table, AllocateOptions(target_bpw=5.0)).uniform
     assert [row[0] for row in rows] == ["2g64", "3g64", "4g64", "5g64", "6g64", "8g64"]
-    four = uniform_allocation(table, Choice.parse("4"))
+    four = price_bit_map(table, _stored_as(table, {}, "4"))
     assert rows[2][1:] == (four.achieved_bpw, four.predicted_divergence)
-    assert four.solver == "uniform"
-    assert set(labels(four).values()) == {"4g64"}
 
 
 def test_uniform_takes_the_nearest_choice_where_a_shape_or_floor_refuses() -> None:
@@ -172,8 +170,58 @@ def test_uniform_takes_the_nearest_choice_where_a_shape_or_floor_refuses() -> No
     ]
     row = {"4": 0.1, "8": 0.01}
     table = small_table(units, {"a": row, "narrow": {"4g32": 0.1, "8g32": 0.01}, "gate": row})
-    uniform = uniform_allocation(table, Choice.parse("4"))
-    assert labels(uniform) == {"a": "4g64", "narrow": "4g32", "gate": "8g64"}
+    nearest = price_bit_map(table, _stored_as(table, {"narrow": "4g32", "gate": "8"}, "4"))
+    rows = {label: (bpw, divergence) for label, bpw, divergence in nearest.uniform}
+    assert rows["4g64"] == (nearest.achieved_bpw, nearest.predicted_divergence)
+
+
+def test_a_given_bit_map_is_priced_as_an_allocation_of_the_same_choices() -> None:
+    table = make_table(blocks=3)
+    chosen = allocate(table, AllocateOptions(target_bpw=5.0))
+    priced = price_bit_map(table, chosen.bit_map)
+    assert priced.solver == "given"
+    assert priced.target_bpw == priced.achieved_bpw == chosen.achieved_bpw
+    for name in ("bit_map", "nbytes", "predicted_divergence", "predicted_stderr", "uniform", "worst_domain"):
+        assert getattr(priced, name) == getattr(chosen, name), name
+    assert 0 < priced.lower_bound <= chosen.predicted_divergence
+
+
+def test_a_given_bit_map_may_go_below_floors_and_is_told_what_was_possible() -> None:
+    table = small_table(
+        [linear("gate", choices("4", "8"), kind="router"), linear("a", choices("4", "8"))],
+        {"gate": {"4": 0.1, "8": 0.01}, "a": {"4": 0.5, "8": 0.05}},
+    )
+    priced = price_bit_map(table, _stored_as(table, {"gate": "4"}, "8"))
+    assert labels(priced) == {"gate": "4g64", "a": "8g64"}
+    assert priced.predicted_divergence == pytest.approx(0.15)
+    poor = price_bit_map(table, _stored_as(table, {"a": "4"}, "8"))
+    assert poor.predicted_divergence == pytest.approx(0.51)
+    assert poor.lower_bound == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"b": "8"}, "a and b are stored alike, and the bit map has 4g64 and 8g64"),
+        ({"a": "4g128", "b": "4g128"}, "cannot be stored as 4g128"),
+        ({"a": "2", "b": "2"}, "what 2g64 costs a is not known"),
+        ({"more": "4"}, "only one of them has more$"),
+        ({"more": "4", "and": "4"}, "only one of them has and and 1 more"),
+    ],
+)
+def test_a_bit_map_that_does_not_belong_is_refused(stored: dict[str, str], message: str) -> None:
+    unit = linear("a", choices("4", "8"), columns=192, paths=("a", "b"))
+    table = small_table([unit], {"a": {"4": 0.1, "8": 0.01}})
+    with pytest.raises(UsageError, match=message):
+        price_bit_map(table, _stored_as(table, stored, "4"))
+    with pytest.raises(UsageError, match="only one of them has a and 1 more"):
+        price_bit_map(table, BitMap(choices={}))
+
+
+def _stored_as(table: SensitivityTable, named: dict[str, str], rest: str) -> BitMap:
+    """Every path of the table as ``rest``, those in ``named`` as it says."""
+    words = {path: rest for unit in table.units for path in unit.paths} | named
+    return BitMap(choices={path: Choice.parse(word) for path, word in words.items()})
 
 
 def test_speed_weight_saves_bits_that_every_token_reads() -> None:
