@@ -17,21 +17,23 @@ step "Measure, allocate, convert at 5.0 stored bits per weight, verify"
 if [ -f "$result/config.json" ]; then
   echo "already there: $result" >&2
 else
-  "$bin/optiq" convert "$model" --target-bpw 5.0 --no-score -o "$result"
+  # Its report is shown below, once it can say what was measured.
+  "$bin/optiq" convert "$model" --target-bpw 5.0 --no-score -o "$result" >demo/convert.txt
+  sed -n '/^Verified/,/^Written/p' demo/convert.txt
 fi
 
-step "Compare on held-out text, at true stored bits"
-table=$result/optiq/score.txt
-if [ ! -f "$table" ]; then
-  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 --force -o "$result/optiq/score.json" >"$table.partial"
-  mv "$table.partial" "$table"
+step "Compare on held-out text with uniform 4, 5 and 6 bits, at true stored bits"
+scores=$result/optiq/score.json
+if [ -f "$scores" ]; then
+  echo "already there: $scores" >&2
+else
+  "$bin/optiq" score "$model" "$result" --uniform 4,5,6 -o "$scores" >demo/score.txt
 fi
-cat "$table"
 
-step "Draw it"
+step "What came out"
 "$bin/optiq" report "$result"
 "$bin/optiq" report "$result" --format html --out demo/report.html
-echo "the same with all details: demo/report.html" >&2
+echo "the same with all details: demo/report.html; the model card: $result/README.md" >&2
 
 step "Generate through stock mlx-lm (on a CPU about one word a second: it computes in bfloat16 there)"
 MLX_OPTIQ_DISABLE=1 "$bin/mlx_lm.generate" --model "$result" --max-tokens 40 \

@@ -2,22 +2,24 @@
 
 from pathlib import Path
 
-from mlx_optiq_ext.hub.card import CardFacts, license_of_card
+from mlx_optiq_ext.hub.card import CardFacts, License
+from mlx_optiq_ext.quant.figures import plus_minus
 from mlx_optiq_ext.quant.report import build_report
 from mlx_optiq_ext.types.metadata import CheckpointMetadata
-from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.quant import SensitivityTable
 from mlx_optiq_ext.types.score import ScoreReport
 from mlx_optiq_integrations.usage import snippets_markdown, usage_snippets
 
 __all__ = ["card_facts", "has_chat_template"]
 
+_NO_LICENSE = License()
+
 
 def card_facts(
     name: str,
-    ref: ModelRef,
     metadata: CheckpointMetadata,
     *,
+    license: License = _NO_LICENSE,
     table: SensitivityTable | None = None,
     score: ScoreReport | None = None,
     is_chat: bool = True,
@@ -26,21 +28,20 @@ def card_facts(
 
     Args:
         name: Folder or repository name of the checkpoint, as readers will type it.
-        ref: The base model; its README.md, where it came along, states the licence.
         metadata: How the checkpoint was made.
+        license: Licence of the base model.
         table: Gives the share of weights per choice.
         score: Comparison on held-out text.
         is_chat: Whether the checkpoint has a chat template.
     """
     report = build_report(name, table=table, allocation=metadata.allocation, score=score)
-    readme = Path(ref.path) / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    base = metadata.base_model
     return CardFacts(
         name=name,
-        base_model=metadata.base_model if not ref.is_local else Path(ref.path).name,
-        base_revision=ref.revision,
-        license=license_of_card(text),
-        summary=(*report.facts, *_measured(metadata)),
+        base_model=base if metadata.base_revision else Path(base).name or base,
+        base_revision=metadata.base_revision,
+        license=license,
+        summary=(*report.facts, *(_measured(metadata) if score is None else ())),
         comparison=report.comparison,
         domains=report.domains,
         bits=report.bits,
@@ -50,7 +51,7 @@ def card_facts(
         command=metadata.command,
         package_version=metadata.package_version,
         usage=snippets_markdown(usage_snippets(name, is_chat=is_chat)),
-        notes=metadata.notes,
+        notes=tuple(dict.fromkeys((*metadata.notes, *report.notes))),
     )
 
 
@@ -66,6 +67,5 @@ def _measured(metadata: CheckpointMetadata) -> tuple[tuple[str, str], ...]:
     measured = metadata.measured
     if measured is None:
         return ()
-    value = f"{measured.divergence:.4g} ± {measured.half_width:.2g} nats/token"
-    text = f"{value} on {measured.held_out.num_tokens} held-out tokens"
-    return (("measured KL", text),)
+    value = f"{plus_minus(measured.divergence, measured.half_width)} nats/token"
+    return (("measured KL", f"{value} on {measured.held_out.num_tokens} held-out tokens"),)

@@ -7,20 +7,25 @@ import msgspec
 
 from mlx_optiq_ext.convert.card import card_facts, has_chat_template
 from mlx_optiq_ext.formats.arguments import option_names
-from mlx_optiq_ext.formats.atomic import write_bytes_atomic
-from mlx_optiq_ext.hub.card import render_card
+from mlx_optiq_ext.hub.card import license_of_card, render_card
 from mlx_optiq_ext.types.metadata import CheckpointMetadata
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, MeasureOptions
 from mlx_optiq_ext.types.quant import SensitivityTable
 from mlx_optiq_ext.types.score import ScoreReport
 
-__all__ = ["command_line", "write_card"]
+__all__ = ["card_text", "command_line", "read_card"]
 
 
 def command_line(ref: ModelRef, options: ConvertOptions, out: Path) -> str:
-    """The ``optiq convert`` call with every option that differs from its default."""
-    words = ["optiq", "convert", ref.source if not ref.is_local else Path(ref.path).name]
+    """The ``optiq convert`` call, quoted for a shell, with every option that differs from its default.
+
+    Args:
+        ref: The base model; a folder stands as it was given.
+        options: What was asked for.
+        out: The folder that was made, as it was given.
+    """
+    words = ["optiq", "convert", ref.source]
     flat: dict[str, tuple[object, object]] = {}
     for part, default in (
         (options.measure, MeasureOptions()),
@@ -42,27 +47,41 @@ def command_line(ref: ModelRef, options: ConvertOptions, out: Path) -> str:
                 words += [flag, str(item)]
     if ref.revision and not ref.is_local and options.measure.revision is None:
         words += ["--revision", ref.revision]
-    return shlex.join([*words, "-o", out.name])
+    return shlex.join([*words, "-o", str(out)])
 
 
-def write_card(
+def card_text(
     folder: Path,
     name: str,
-    ref: ModelRef,
+    readme: str,
     metadata: CheckpointMetadata,
     table: SensitivityTable | None,
     score: ScoreReport | None,
-) -> None:
-    """Write README.md, the model card, into the checkpoint.
+) -> str:
+    """The model card, README.md, of a checkpoint.
 
     Args:
         folder: The checkpoint, which has its tokenizer files already.
         name: What readers will type to load it: folder or repository name.
-        ref: The base model.
+        readme: Card that states the licence: the base model's, or an older one of this checkpoint.
         metadata: How the checkpoint was made.
         table: Gives the share of weights per choice.
         score: Comparison on held-out text.
+    Returns:
+        Markdown; the same for the same arguments.
     """
-    is_chat = has_chat_template(folder)
-    facts = card_facts(name, ref, metadata, table=table, score=score, is_chat=is_chat)
-    write_bytes_atomic(folder / "README.md", render_card(facts).encode())
+    facts = card_facts(
+        name,
+        metadata,
+        license=license_of_card(readme),
+        table=table,
+        score=score,
+        is_chat=has_chat_template(folder),
+    )
+    return render_card(facts)
+
+
+def read_card(folder: Path) -> str:
+    """README.md of a model or checkpoint; empty where there is none."""
+    file = folder / "README.md"
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
-from mlx_optiq_ext.convert.describe import command_line, write_card
+from mlx_optiq_ext.convert.describe import card_text, command_line, read_card
 from mlx_optiq_ext.convert.given import (
     calibration_notes,
     check_given,
@@ -23,9 +23,9 @@ from mlx_optiq_ext.convert.given import (
     restrict_candidates,
 )
 from mlx_optiq_ext.convert.rewrite import Rewriter
-from mlx_optiq_ext.convert.scoring import score_conversion
+from mlx_optiq_ext.convert.scoring import measured_divergence, score_conversion
 from mlx_optiq_ext.convert.table import outline_table, read_table
-from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent
+from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent, write_bytes_atomic
 from mlx_optiq_ext.formats.metadata import write_metadata
 from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, write_sensitivity
 from mlx_optiq_ext.hub.upload import check_upload, upload_folder
@@ -38,7 +38,7 @@ from mlx_optiq_ext.quant.reference import Reference, open_reference
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.quant.verify import verify_checkpoint
 from mlx_optiq_ext.quant.write import CheckpointWriter
-from mlx_optiq_ext.types.metadata import CheckpointMetadata, MeasuredDivergence
+from mlx_optiq_ext.types.metadata import CheckpointMetadata
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
@@ -263,25 +263,17 @@ def _describe(
     """Write optiq/sensitivity.json, optiq/metadata.json and the model card."""
     encoded = encode_sensitivity(table)
     write_sensitivity(folder / "optiq" / "sensitivity.json", table)
-    measured = None
-    if result.score is not None:
-        row = next(row for row in result.score.rows if row.role == "candidate")
-        measured = MeasuredDivergence(
-            divergence=row.divergence,
-            stderr=row.divergence_stderr,
-            half_width=row.divergence_half_width,
-            held_out=result.score.held_out,
-        )
     metadata = CheckpointMetadata(
         package_version=__version__,
         base_model=ref.source,
+        base_revision=ref.revision,
         model=table.model,
         method=table.method,
         reference=table.reference,
         calibration=table.calibration,
         sensitivity_sha256=hashlib.sha256(encoded).hexdigest(),
         allocation=result.allocation,
-        measured=measured,
+        measured=measured_divergence(result.score) if result.score else None,
         verification=result.verification,
         command=command_line(ref, options, Path(result.out)),
         seconds=result.seconds,
@@ -289,7 +281,8 @@ def _describe(
     )
     write_metadata(folder, metadata)
     name = options.upload_repo or Path(result.out).name
-    write_card(folder, name, ref, metadata, table, result.score)
+    card = card_text(folder, name, read_card(Path(ref.path)), metadata, table, result.score)
+    write_bytes_atomic(folder / "README.md", card.encode())
 
 
 def _clear_work(out: Path) -> None:

@@ -9,13 +9,14 @@ from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_ext.eval.score import score
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.score import encode_score
+from mlx_optiq_ext.types.metadata import MeasuredDivergence
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ScoreOptions
 from mlx_optiq_ext.types.progress import ProgressSink
 from mlx_optiq_ext.types.quant import Allocation
 from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
 
-__all__ = ["score_conversion", "score_notes"]
+__all__ = ["measured_divergence", "score_conversion", "score_notes"]
 
 _TRUSTED = (0.5, 2.0)
 """Measured over predicted divergence: beyond it the prediction is no guide."""
@@ -54,6 +55,17 @@ def score_conversion(
     except OptiqError as error:  # the checkpoint is good without a score
         return None, (f"not scored: {error}",)
     return report, score_notes(report, allocation, has_prediction=has_prediction)
+
+
+def measured_divergence(report: ScoreReport) -> MeasuredDivergence:
+    """What metadata keeps of a score: the divergence of its first candidate."""
+    row = next(row for row in report.rows if row.role == "candidate")
+    return MeasuredDivergence(
+        divergence=row.divergence,
+        stderr=row.divergence_stderr,
+        half_width=row.divergence_half_width,
+        held_out=report.held_out,
+    )
 
 
 def score_notes(

@@ -73,9 +73,13 @@ def _complete(table: SensitivityTable, reference: Reference, file: Path) -> Sens
     known = {unit.path for unit in units if unit.path in listed}
     probes = tuple(probe for probe in table.probes if probe.path in known)
     guessed = _guess(units, probes)
-    notes = [f"{len(units) - len(known)} tensors that the published file lacks follow the static rule"]
+    notes = [
+        f"not in the published file, by the static rule: {len(units) - len(known)} of {len(units)} tensors"
+    ]
     if len(known) < len(listed):
-        notes.append(f"{len(listed) - len(known)} tensors of the published file are not in this model")
+        notes.append(
+            f"not in this model: {len(listed) - len(known)} of {len(listed)} tensors of the published file"
+        )
     float_bits = reference.stored_dtype.size * 8
     return replace(
         table, units=units, probes=(*probes, *guessed), float_bits=float_bits,

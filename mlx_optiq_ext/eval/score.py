@@ -20,6 +20,7 @@ from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
 from mlx_optiq_ext.eval.logits import LogitCache, window_logits
 from mlx_optiq_ext.eval.prepare import load_uniform, make_exact, parameter_nbytes
 from mlx_optiq_ext.formats.safetensors import read_folder
+from mlx_optiq_ext.hub.fingerprint import weights_origin
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
 from mlx_optiq_ext.measure.divergence import kl_divergence, negative_log_likelihood, top1_agreement
 from mlx_optiq_ext.measure.intervals import by_domain, estimate_mean, paired_ratio
@@ -198,13 +199,17 @@ class HeldOutScorer:
 
     def report(self) -> ScoreReport:
         """Everything scored so far: reference, candidates, uniform ones."""
+        origin = weights_origin(Path(self.reference.path))
         order = {"reference": 0, "candidate": 1, "uniform": 2}
         return ScoreReport(
             reference=model_name(self.reference),
             held_out=self.windows.info,
             window=int(self.windows.tokens.shape[1]),
             rows=tuple(sorted(self._rows, key=lambda row: order[row.role])),
-            notes=self.windows.info.notes,
+            notes=(
+                *(f"held-out text: {note}" for note in self.windows.info.notes),
+                *((f"reference {origin}",) if origin else ()),
+            ),
             code_version=__version__,
         )
 

@@ -37,21 +37,20 @@ def curve_scene(curve: Curve) -> Scene | None:
     if len(curve.predicted) > 1:
         shapes.append(plot.path(curve.predicted, "line"))
     series = (
-        (curve.uniform, "uniform", False, False),
-        (curve.measured_uniform, "uniform", True, True),
-        (chosen, "chosen", False, False),
-        (curve.measured, "chosen", True, True),
+        (curve.uniform, f"uniform, {curve.predicted_as}", "uniform", False),
+        (curve.measured_uniform, "uniform, measured, plain rounding", "uniform", True),
+        (chosen, curve.predicted_as, "chosen", False),
+        (curve.measured, "measured on held-out text", "chosen", True),
     )
-    for members, ink, is_filled, is_diamond in series:
-        shapes += plot.dots(members, ink, is_filled=is_filled, is_diamond=is_diamond)
-    named = {point.label for point in curve.measured_uniform}
+    for members, meaning, ink, is_measured in series:
+        shapes += plot.dots(members, meaning, ink, is_measured=is_measured)
     shapes += plot.labels(curve.measured, "chosen")
     shapes += plot.labels(chosen, "chosen")
     shapes += plot.labels(curve.measured_uniform, "muted")
-    shapes += plot.labels([point for point in curve.uniform if point.label not in named], "muted")
+    shapes += plot.labels(curve.uniform, "muted")
     return Scene(
         title="Bits against divergence",
-        subtitle="Lower is better. Divergence is KL(reference | model) in nats per token, on a log scale.",
+        subtitle=f"Lower is better. KL(reference | model) in nats per token, log scale. {curve.note}".strip(),
         width=_WIDTH,
         height=_HEIGHT,
         shapes=(*shapes, *legend),
@@ -102,10 +101,8 @@ class _Plot:
                 self.taken.append((x - 2, y - 2, x + 2, y + 2))
         return Path(points=tuple(places), ink=ink, width=2.5)
 
-    def dots(
-        self, points: Sequence[CurvePoint], ink: str, *, is_filled: bool, is_diamond: bool
-    ) -> list[Shape]:
-        """Markers with 95 % error bars."""
+    def dots(self, points: Sequence[CurvePoint], meaning: str, ink: str, *, is_measured: bool) -> list[Shape]:
+        """Markers, filled diamonds with 95 % error bars where measured, open circles where predicted."""
         shapes: list[Shape] = []
         for point in points:
             x, y = self.place(point.bpw, point.divergence)
@@ -116,11 +113,12 @@ class _Plot:
                 shapes += [
                     Line(x1=x - 4, y1=end, x2=x + 4, y2=end, ink=ink, width=1.5) for end in (low, high)
                 ]
-            tip = f"{point.label}\n{point.bpw:.3f} bits, KL {point.divergence:.4g}".strip()
+            tip = f"{point.label} ({meaning})\n{point.bpw:.3f} bits, KL {point.divergence:.4g}".strip()
             radius = 7.0 if ink == "chosen" else 5.5
-            shapes.append(
-                Dot(x=x, y=y, radius=radius, ink=ink, is_filled=is_filled, is_diamond=is_diamond, tip=tip)
+            dot = Dot(
+                x=x, y=y, radius=radius, ink=ink, is_filled=is_measured, is_diamond=is_measured, tip=tip
             )
+            shapes.append(dot)
             self.taken.append((x - radius, y - radius, x + radius, y + radius))
         return shapes
 
@@ -160,18 +158,20 @@ def _legend_entries(curve: Curve) -> list[tuple[Dot | None, str]]:
     """Mark (None: the line) and its meaning."""
     entries: list[tuple[Dot | None, str]] = []
     if len(curve.predicted) > 1:
-        entries.append((None, "best allocation at each budget, predicted"))
+        entries.append((None, f"best at each budget, {curve.predicted_as}"))
     if curve.chosen:
-        text = f"chosen, predicted: {curve.chosen.divergence:.3g} at {curve.chosen.bpw:.3f} bits"
+        text = f"chosen, {curve.predicted_as}: {curve.chosen.divergence:.3g} at {curve.chosen.bpw:.3f}"
         entries.append((Dot(x=0, y=0, radius=6, ink="chosen", is_filled=False), text))
     if curve.measured:
         first = curve.measured[0]
-        text = f"measured on held-out text: {first.divergence:.3g} at {first.bpw:.3f} bits"
+        text = f"measured on held-out text: {first.divergence:.3g} at {first.bpw:.3f}"
         entries.append((Dot(x=0, y=0, radius=6, ink="chosen", is_diamond=True), text))
     if curve.uniform:
-        entries.append((Dot(x=0, y=0, radius=5, ink="uniform", is_filled=False), "uniform, predicted"))
+        mark = Dot(x=0, y=0, radius=5, ink="uniform", is_filled=False)
+        entries.append((mark, f"uniform, {curve.predicted_as}"))
     if curve.measured_uniform:
-        entries.append((Dot(x=0, y=0, radius=5, ink="uniform", is_diamond=True), "uniform, measured"))
+        mark = Dot(x=0, y=0, radius=5, ink="uniform", is_diamond=True)
+        entries.append((mark, "uniform, measured, plain rounding"))
     return entries
 
 

@@ -43,7 +43,9 @@ class CheckpointMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     package: str = "mlx-optiq-ext"
     package_version: str
     base_model: str
-    """Repository id or folder name of the source."""
+    """Repository id or folder of the source, as given."""
+    base_revision: str = ""
+    """Commit of the Hub; empty for a folder."""
     model: ModelFingerprint
     method: Literal["fisher", "kl", "static", "published"]
     """How the sensitivities were found."""

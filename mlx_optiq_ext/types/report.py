@@ -75,11 +75,15 @@ class Curve(msgspec.Struct, frozen=True, kw_only=True):
     chosen: CurvePoint | None = None
     """The allocation of this report, as predicted."""
     uniform: tuple[CurvePoint, ...] = ()
-    """Every unit stored alike, as predicted."""
+    """Every unit stored alike, as predicted; choices that were measured are left out."""
     measured: tuple[CurvePoint, ...] = ()
     """Candidates of the score record; this model first."""
     measured_uniform: tuple[CurvePoint, ...] = ()
-    """Uniform rows of the score record."""
+    """Uniform rows of the score record: plain rounding, as stock mlx-lm writes it."""
+    predicted_as: str = "predicted"
+    """What the predictions assume, for legends: ``predicted with full rounding``."""
+    note: str = ""
+    """How far to trust the predictions."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

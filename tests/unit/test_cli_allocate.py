@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from support_tables import MOE, make_table
+from msgspec.structs import replace
+from support_tables import MOE, make_score, make_table
 
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.formats.allocation import read_allocation
+from mlx_optiq_ext.formats.score import encode_score
 from mlx_optiq_ext.formats.sensitivity import write_sensitivity
 
 LLAMA = {"num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
@@ -27,7 +29,12 @@ def test_text_shows_choices_prediction_comparison_and_pins(table_file, capsys) -
     assert "bits per weight of at most 5.000" in out
     assert "nats per token" in out
     assert "worst domain math" in out
-    assert "uniform 4g64" in out
+    assert "all predicted with fast rounding (stock mlx-lm rounds plainly" in out
+    assert "× this, predicted" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("uniform ")]
+    assert rows[0][:4] == ["uniform", "2g64,", "fast", "rounding"]
+    assert [float(row[4]) for row in rows] == sorted(float(row[4]) for row in rows)
+    assert "±" not in out
     assert "--pin *.0.*.q_proj=8g64" in out
     assert "router" in out
 
@@ -50,6 +57,39 @@ def test_fit_reads_the_named_config(table_file, tmp_path, capsys) -> None:
     left = 330e6 - 256e6 - 4 * 768 * 8192
     nbytes = json.loads(capsys.readouterr().out)["nbytes"]
     assert 0.99 * left < nbytes < left
+
+
+def test_fit_is_broken_down_and_one_pin_is_one_tensor(table_file, tmp_path, capsys) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA))
+    words = ["--fit", "330MB", "--config", str(config), "--pin", "model.embed_tokens=8"]
+    assert main(["allocate", table_file, *words[:4]]) == 0
+    out = capsys.readouterr().out
+    assert "--fit 330MB: " in out
+    assert "for weights after 25.2 MB KV cache at 8192 tokens and 256.0 MB head room" in out
+    write_sensitivity(tmp_path / "dense.json", make_table(blocks=4))
+    assert main(["allocate", str(tmp_path / "dense.json"), "--target-bpw", "8", *words[4:]]) == 0
+    assert "pinned: 1 tensor, " in capsys.readouterr().out
+
+
+def test_measured_scores_of_the_folder_are_shown_apart(tmp_path, capsys) -> None:
+    file = tmp_path / "optiq" / "sensitivity.json"
+    file.parent.mkdir()
+    write_sensitivity(file, make_table(blocks=4))
+    (tmp_path / "optiq" / "score.json").write_bytes(encode_score(make_score()))
+    for source in (tmp_path, file):
+        assert main(["allocate", str(source), "--target-bpw", "5"]) == 0
+        measured = capsys.readouterr().out.split("measured on held-out text")[1]
+        assert "uniform 4g64, plain rounding" in measured
+        assert "0.720 ± 0.056" in measured
+
+
+def test_a_table_by_shape_predicts_nothing(tmp_path, capsys) -> None:
+    write_sensitivity(tmp_path / "t.json", replace(make_table(blocks=4), method="static"))
+    assert main(["allocate", str(tmp_path / "t.json"), "--target-bpw", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "no prediction: the static method" in out
+    assert "predicted KL" not in out
 
 
 @pytest.mark.parametrize(

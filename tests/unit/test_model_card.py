@@ -1,13 +1,18 @@
 """The model card: front matter that YAML reads, licence from the base, text that Markdown keeps."""
 
+from pathlib import Path
+
 import pytest
 import yaml
+from msgspec.structs import replace
 from support_tables import make_allocation, make_score, make_table
 
 from mlx_optiq_ext.convert.card import card_facts, has_chat_template
+from mlx_optiq_ext.convert.describe import command_line
 from mlx_optiq_ext.hub.card import CardFacts, License, license_of_card, render_card
 from mlx_optiq_ext.types.metadata import CheckpointMetadata, MeasuredDivergence
 from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions
 from mlx_optiq_ext.types.report import TextTable
 
 
@@ -77,6 +82,7 @@ def test_facts_come_from_the_conversion(tmp_path) -> None:
     metadata = CheckpointMetadata(
         package_version="1.0",
         base_model="example/base-135m",
+        base_revision="abcdef",
         model=table.model,
         method="fisher",
         reference="resident",
@@ -87,13 +93,13 @@ def test_facts_come_from_the_conversion(tmp_path) -> None:
         ),
         command="optiq convert example/base-135m --target-bpw 5.0 -o out",
     )
-    ref = ModelRef(path=str(tmp_path), source="example/base-135m", revision="abcdef", is_local=False)
-    card = render_card(card_facts("me/out", ref, metadata, table=table, score=score))
+    license_ = license_of_card((tmp_path / "README.md").read_text())
+    card = render_card(card_facts("me/out", metadata, license=license_, table=table, score=score))
     assert front_matter(card)["license"] == "apache-2.0"
     assert front_matter(card)["base_model"] == "example/base-135m"
     for text in (
         "https://huggingface.co/example/base-135m",
-        "measured KL: 0.135 ± 0.0098 nats/token on 2048 held-out tokens",
+        "measured KL: 0.135 ± 0.011 nats/token on 2048 held-out tokens",
         metadata.command,
         "ab" * 32,
         "cd" * 32,
@@ -101,9 +107,11 @@ def test_facts_come_from_the_conversion(tmp_path) -> None:
         "| **this model** | **4.997** |",
     ):
         assert text in card
-    local = render_card(card_facts("out", ModelRef(path=str(tmp_path), source=str(tmp_path)), metadata))
+    metadata = replace(metadata, base_model=str(tmp_path), base_revision="")
+    local = render_card(card_facts("out", metadata))
     assert str(tmp_path) not in local
     assert "base_model" not in front_matter(local)
+    assert "measured KL: 0.1350 ± 0.0098 nats/token on 2048 held-out tokens" in local
 
 
 def test_chat_templates_are_found_in_either_place(tmp_path) -> None:
@@ -113,3 +121,30 @@ def test_chat_templates_are_found_in_either_place(tmp_path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text("x")
     assert has_chat_template(tmp_path)
+
+
+def test_the_command_names_folders_as_they_were_given_and_is_quoted() -> None:
+    ref = ModelRef(path="/somewhere/my models/base", source="../my models/base")
+    options = ConvertOptions(allocate=AllocateOptions(target_bpw=5.0, pin=("*.q_proj=8",)))
+    assert command_line(ref, options, Path("made here/out")) == (
+        "optiq convert '../my models/base' --target-bpw 5.0 --pin '*.q_proj=8' -o 'made here/out'"
+    )
+
+
+def test_the_card_says_where_imported_weights_come_from() -> None:
+    table = make_table(blocks=2)
+    origin = "imported from a Q4_1 GGUF file: its weights lie on a 4-bit grid already"
+    table = replace(table, model=replace(table.model, origin=origin))
+    metadata = CheckpointMetadata(
+        package_version="1.0",
+        base_model="base",
+        model=table.model,
+        method="fisher",
+        reference="resident",
+        calibration=table.calibration,
+        allocation=make_allocation(table),
+    )
+    score = replace(make_score(), notes=(f"reference {origin}",))
+    card = render_card(card_facts("out", metadata, table=table, score=score)).replace("\\", "")
+    assert card.count(origin) == 1
+    assert f"- reference weights: {origin}" in card

@@ -87,6 +87,28 @@ def test_wide_tables_break_cells_before_the_interval() -> None:
     assert draw_table(table, Style(width=60)).splitlines()[-1].endswith("0.1350 ± 0.0110")
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_long_names_go_on_in_the_next_line_and_nothing_is_cut(width: int) -> None:
+    name = "SmolLM2-135M-Instruct-optiq-5.0bpw"
+    score = make_score()
+    rows = tuple(replace(row, label=name) if row.role == "candidate" else row for row in score.rows)
+    report = build_report("m", score=replace(score, rows=rows))
+    for table in (report.comparison, report.domains):
+        assert table is not None
+        drawn = draw_table(table, Style(width=width))
+        assert "…" not in drawn
+        assert "5.0bpw" in drawn
+        assert max(map(len, drawn.splitlines())) <= width
+
+
+def test_long_paths_outside_of_blocks_are_whole_at_100_columns(heat: HeatMap) -> None:
+    path = "language_model.model.embed_tokens"
+    long = replace(heat, outside=(replace(heat.outside[0], path=path),))
+    drawn = draw_bits_map(long, Style(width=100))
+    assert path in drawn
+    assert max(map(len, drawn.splitlines())) <= 100
+
+
 @pytest.mark.parametrize(
     ("environ", "is_terminal", "expected"),
     [

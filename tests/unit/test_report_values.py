@@ -10,14 +10,16 @@ from support_tables import MOE, make_allocation, make_score, make_table
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.score import decode_score, encode_score, read_score
+from mlx_optiq_ext.quant.figures import size_text
 from mlx_optiq_ext.quant.heat_map import build_heat_map, module_role, order_modules, short_names
+from mlx_optiq_ext.quant.picture import Dot, Text
+from mlx_optiq_ext.quant.picture_curve import curve_scene
 from mlx_optiq_ext.quant.report import (
     bits_table,
     build_report,
     comparison_table,
     domains_table,
     pins_table,
-    size_text,
 )
 from mlx_optiq_ext.types.axis import LinearAxis, LogAxis, tick_text
 from mlx_optiq_ext.types.palette import (
@@ -28,7 +30,7 @@ from mlx_optiq_ext.types.palette import (
     parse_hex,
     ramp_color,
 )
-from mlx_optiq_ext.types.quant import KEEP, Choice, Unit
+from mlx_optiq_ext.types.quant import KEEP, Choice, ProbeCheck, Unit
 
 
 def test_comparison_shows_intervals_and_marks_this_model() -> None:
@@ -46,6 +48,7 @@ def test_comparison_shows_intervals_and_marks_this_model() -> None:
     assert table.rows[2][4] == "5.33 (5.00–5.71)"
     assert table.rows[0][3] == "0"
     assert "2048 held-out tokens" in table.note
+    assert "uniform: plain rounding" in table.note
 
 
 def test_comparison_without_candidates_or_errors_still_has_rows() -> None:
@@ -109,6 +112,63 @@ def test_curve_leaves_out_what_a_log_axis_cannot_show() -> None:
     assert curve is not None
     assert curve.chosen is None
     assert "keep" not in {point.label for point in curve.uniform}
+
+
+def test_predictions_have_no_interval_and_tell_what_probes_say() -> None:
+    table = make_table()
+    allocation = make_allocation(table)
+    assert allocation.predicted_stderr > 0
+    plain = dict(build_report("m", table=table, allocation=allocation).facts)["predicted KL"]
+    assert plain == "0.283 nats/token, raw estimate on calibration text"
+    table = replace(table, probe_check=ProbeCheck(num_probes=24, ratio=2.56, low=1.7, high=4.1))
+    report = build_report("m", table=table, allocation=allocation, score=make_score())
+    facts = dict(report.facts)
+    assert facts["predicted KL"] == f"{plain}; 24 exact probes say × 2.56, so about 0.72"
+    assert facts["measured KL"] == "0.135 ± 0.011 nats/token on 2048 held-out tokens"
+    assert list(facts).index("measured KL") < list(facts).index("predicted KL")
+    assert report.curve is not None
+    assert report.curve.chosen is not None
+    assert report.curve.chosen.half_width == 0
+    assert "× 2.56" in report.curve.note
+    exact = dict(build_report("m", table=replace(table, method="kl"), allocation=allocation).facts)
+    assert "sum of single-tensor probes" in exact["predicted KL"]
+
+
+def test_the_static_method_predicts_nothing() -> None:
+    table = replace(make_table(), method="static")
+    report = build_report("m", table=table, allocation=make_allocation(table))
+    assert dict(report.facts)["predicted KL"].startswith("none")
+    assert report.curve is None
+    assert report.bits is not None
+    assert "predicted KL" not in report.bits.columns
+
+
+@pytest.mark.parametrize(("correction", "word"), [("none", "plain"), ("fast", "fast"), ("full", "full")])
+def test_uniform_points_say_their_rounding_and_give_way_to_measured_ones(correction, word) -> None:
+    table = replace(make_table(), correction=correction)
+    curve = build_report("m", table=table, allocation=make_allocation(table), score=make_score()).curve
+    assert curve is not None
+    assert curve.predicted_as == f"predicted with {word} rounding"
+    assert [point.label for point in curve.uniform] == ["2g64", "3g64", "8g64"]
+    assert [point.label for point in curve.measured_uniform] == ["4g64", "5g64", "6g64"]
+    scene = curve_scene(curve)
+    assert scene is not None
+    texts = [shape.text for shape in scene.shapes if isinstance(shape, Text)]
+    assert f"uniform, predicted with {word} rounding" in texts
+    assert "uniform, measured, plain rounding" in texts
+    tips = [shape.tip for shape in scene.shapes if isinstance(shape, Dot) and shape.tip]
+    assert any(tip.startswith(f"2g64 (uniform, predicted with {word} rounding)") for tip in tips)
+
+
+def test_notes_are_said_once_and_budgets_to_fit_are_broken_down() -> None:
+    table = replace(make_table(), notes=("a", "b", "a"))
+    fit = "--fit 8GB: 5.20 GB for weights after 0.81 GB KV cache at 8192 tokens and 0.80 GB head room"
+    allocation = replace(make_allocation(table), budget=fit)
+    report = build_report("m", table=table, allocation=allocation, score=replace(make_score(), notes=("b",)))
+    assert report.notes == ("a", "b")
+    assert dict(report.facts)["budget"] == fit
+    plain = replace(allocation, budget="--target-bpw 5")
+    assert "budget" not in dict(build_report("m", allocation=plain).facts)
 
 
 def test_names_of_folders_do_not_reach_the_report() -> None:

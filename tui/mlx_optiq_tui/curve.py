@@ -7,6 +7,7 @@ from mlx_optiq_ext.types.axis import LinearAxis, LogAxis, tick_text
 from mlx_optiq_ext.types.palette import bits_color
 from mlx_optiq_ext.types.report import Curve, CurvePoint
 from mlx_optiq_tui.ansi import Style, paint
+from mlx_optiq_tui.table import wrapped
 
 __all__ = ["draw_curve"]
 
@@ -34,14 +35,13 @@ def draw_curve(curve: Curve, style: Style) -> str:
     x_axis = LinearAxis(low=min(p.bpw for p in points) - 0.25, high=max(p.bpw for p in points) + 0.75)
     plot = _Plot(x_axis, y_axis, style.width - _LABEL_WIDTH - 2, _HEIGHT, style)
     plot.line(curve.predicted, _LINE)
-    named = {point.label for point in curve.measured_uniform}
-    plot.markers([p for p in curve.uniform if p.label not in named], "○", _UNIFORM)
-    plot.markers([p for p in curve.uniform if p.label in named], "○", _UNIFORM, named=False)
+    plot.markers(curve.uniform, "○", _UNIFORM)
     plot.markers(curve.measured_uniform, "◇", _UNIFORM)
     plot.markers(chosen, "●", _CHOSEN)
     plot.markers(curve.measured, "◆", _MEASURED)
     title = paint("Bits against divergence (KL, nats/token, log scale)", style, bold=True)
-    return "\n".join([title, *plot.lines(), *_legend(curve, style)])
+    note = [paint(line, style, dim=True) for line in wrapped(curve.note, style.width)]
+    return "\n".join([title, *plot.lines(), *_legend(curve, style), *note])
 
 
 class _Plot:
@@ -64,13 +64,13 @@ class _Plot:
                 x, y = round(x0 + (x1 - x0) * step / steps), round(y0 + (y1 - y0) * step / steps)
                 self._dots[y // 4][x // 2] |= _DOTS[y % 4][x % 2]
 
-    def markers(self, points: Sequence[CurvePoint], mark: str, color: str, *, named: bool = True) -> None:
+    def markers(self, points: Sequence[CurvePoint], mark: str, color: str) -> None:
         """Mark points, each with its label where there is room."""
         for point in points:
             column, row = self._place(point, 1, 1)
             self._text[row][column] = (mark, color)
         for point in points:
-            if named and point.label:
+            if point.label:
                 self._label(point, color)
 
     def _label(self, point: CurvePoint, color: str) -> None:
@@ -141,16 +141,17 @@ class _Plot:
 def _legend(curve: Curve, style: Style) -> list[str]:
     entries = []
     if curve.predicted:
-        entries.append((paint("⠒⠒", style, ink=_LINE), "best at each budget, predicted"))
+        entries.append((paint("⠒⠒", style, ink=_LINE), f"best at each budget, {curve.predicted_as}"))
     if curve.chosen:
-        text = f"chosen, predicted ({curve.chosen.bpw:.3f}: {curve.chosen.divergence:.3g})"
+        text = f"chosen, {curve.predicted_as} ({curve.chosen.bpw:.3f}: {curve.chosen.divergence:.3g})"
         entries.append((paint(" ●", style, ink=_CHOSEN, bold=True), text))
     if curve.uniform:
-        entries.append((paint(" ○", style, ink=_UNIFORM, bold=True), "uniform, predicted"))
+        entries.append((paint(" ○", style, ink=_UNIFORM, bold=True), f"uniform, {curve.predicted_as}"))
     if curve.measured:
         first = curve.measured[0]
-        text = f"measured, held-out ({first.bpw:.3f}: {first.divergence:.3g} ± {first.half_width:.1g})"
+        half = f" ± {first.half_width:.2g}" if first.half_width > 0 else ""
+        text = f"measured, held-out ({first.bpw:.3f}: {first.divergence:.3g}{half})"
         entries.append((paint(" ◆", style, ink=_MEASURED, bold=True), text))
     if curve.measured_uniform:
-        entries.append((paint(" ◇", style, ink=_UNIFORM, bold=True), "uniform, measured"))
+        entries.append((paint(" ◇", style, ink=_UNIFORM, bold=True), "uniform, measured, plain rounding"))
     return [f"  {mark} {text}" for mark, text in entries]

@@ -80,7 +80,7 @@ def draw_sensitivity_map(heat: HeatMap, style: Style) -> str:
 def _grid(heat: HeatMap, style: Style, draw: Drawn, value: Callable[[HeatCell], str]) -> list[str]:
     """The bands, one below the other, and the strip of modules outside of blocks."""
     names = [*heat.labels, *(cell.path for cell in heat.outside)]
-    label_width = min(max((len(name) for name in names), default=0), _MOST_LABEL)
+    label_width = min(max((len(name) for name in names), default=0), max(_MOST_LABEL, style.width // 3))
     room = max(style.width - label_width - 1, 1)
     at = {(cell.row, cell.block): cell for cell in heat.cells}
     cell_width = max(min(room // max(len(heat.blocks), 1), _MOST_CELL), 1)

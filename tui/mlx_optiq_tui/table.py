@@ -1,5 +1,6 @@
 """A table of text on a terminal: aligned columns, the row of interest in bold."""
 
+import re
 from collections.abc import Sequence
 
 from mlx_optiq_ext.types.report import TextTable
@@ -8,13 +9,16 @@ from mlx_optiq_tui.ansi import Style, paint
 __all__ = ["draw_table"]
 
 _GAP = "  "
+_PIECE = re.compile(r"(?:[^ /_.-]|\.(?=\d))*(?:[ /_-]|\.(?!\d))+|.+")
+_NARROWEST = 12
+"""Columns of words are folded down to this width before anything is cut."""
 
 
 def draw_table(table: TextTable, style: Style) -> str:
     """Draw a table.
 
-    Cells that make it too wide are broken before ``±`` and ``(``; text columns are cut with an ellipsis
-    where that is not enough.
+    Cells that make it too wide are broken before ``±`` and ``(``; where that is not enough, words and names
+    go on in the next line. Only what fits in no other way is cut, with an ellipsis.
 
     Args:
         table: What to show.
@@ -22,12 +26,20 @@ def draw_table(table: TextTable, style: Style) -> str:
     Returns:
         Lines without a trailing newline.
     """
+    is_text = [table.is_text(i) for i in range(len(table.columns))]
     cells: list[list[list[str]]] = [[[cell] for cell in row] for row in (table.columns, *table.rows)]
     if _total(_widths(cells)) > style.width:
         cells = [[_broken(cell[0]) for cell in row] for row in cells]
-    widths = _fitted(_widths(cells), style.width)
-    is_text = [table.is_text(i) for i in range(len(table.columns))]
-    lines = [paint(table.title, style, bold=True)] if table.title else []
+    widths = _fitted(_widths(cells), _least(cells, is_text), style.width)
+    cells = [
+        [
+            [line for part in cell for line in _folded(part, width)]
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        for row in cells
+    ]
+    widths = _widths(cells) if _total(_widths(cells)) <= style.width else widths
+    lines = [paint(line, style, bold=True) for line in wrapped(table.title, style.width)]
     for index, row in enumerate(cells):
         for height in range(max(len(cell) for cell in row)):
             parts = [cell[height] if height < len(cell) else "" for cell in row]
@@ -69,11 +81,38 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
-def _fitted(widths: list[int], width: int) -> list[int]:
-    """Narrow the widest columns until all fit."""
-    while _total(widths) > width and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
+def _least(cells: Sequence[Sequence[Sequence[str]]], is_text: Sequence[bool]) -> list[int]:
+    """How narrow each column may become before numbers are cut; words and headings can be folded."""
+    return [
+        min(_NARROWEST, max(len(part) for row in cells for part in row[i]))
+        if is_text[i]
+        else max((len(part) for row in cells[1:] for part in row[i]), default=1)
+        for i in range(len(is_text))
+    ]
+
+
+def _fitted(widths: list[int], least: Sequence[int], width: int) -> list[int]:
+    """Narrow the widest columns until all fit: first those that can be folded, then any."""
+    for floor in (least, [4] * len(widths)):
+        while _total(widths) > width:
+            wide = [i for i in range(len(widths)) if widths[i] > floor[i]]
+            if not wide:
+                break
+            widths[max(wide, key=lambda i: widths[i])] -= 1
     return widths
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Break a name or words after a space, hyphen, slash, dot or underscore; numbers stay whole."""
+    if len(text) <= width or text[:1].isdigit():
+        return [text]
+    lines, line = [], ""
+    for piece in _PIECE.findall(text):
+        if line and len(line) + len(piece.rstrip()) > width:
+            lines.append(line.rstrip())
+            line = ""
+        line += piece
+    return [*lines, line.rstrip()]
 
 
 def _line(parts: Sequence[str], widths: Sequence[int], is_text: Sequence[bool]) -> str:

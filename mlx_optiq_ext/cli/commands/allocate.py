@@ -15,14 +15,20 @@ from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.allocation import write_allocation
 from mlx_optiq_ext.formats.atomic import require_absent_file
+from mlx_optiq_ext.formats.score import read_score
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.quant.bitmap import allocate
+from mlx_optiq_ext.quant.figures import plus_minus
 from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.quant.report_facts import predicted_as, prediction_text
 from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, Pin, SensitivityTable
+from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
 
 __all__ = ["add_arguments", "render", "run"]
+
+_SHOWN_UNIFORM = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,17 +63,26 @@ def run(args: argparse.Namespace) -> int:
         console.note(f"bit map written to {args.out}")
     for note in table.notes:
         console.note(f"note: {note}")
-    console.result(allocation, render(allocation, table))
+    console.result(allocation, render(allocation, table, _score_beside(Path(args.table))))
     return 0
 
 
-def render(allocation: Allocation, table: SensitivityTable) -> str:
-    """The allocation for people: choices, prediction, uniform rows within the same bits, pins."""
+def render(allocation: Allocation, table: SensitivityTable, score: ScoreReport | None = None) -> str:
+    """The allocation for people: choices, prediction, uniform rows within the same bits, pins.
+
+    Args:
+        allocation: What was chosen.
+        table: What it was chosen from.
+        score: Measurements of the same model; shown apart from predictions, with which they share nothing.
+    """
     parts = [
         format_table(("choice", "tensors", "weights", "share", "bpw"), _choice_rows(allocation, table)),
         _summary(allocation, table),
-        format_table(("stored as", "bpw", "divergence", "× this"), _comparison_rows(allocation)),
     ]
+    if table.method != "static":
+        parts.append(_comparison(allocation, table))
+    if score is not None:
+        parts.append(_measured(score))
     if allocation.pins:
         parts.append(_pin_table(allocation.pins))
     return "\n\n".join(parts)
@@ -108,34 +123,69 @@ def _choice_rows(allocation: Allocation, table: SensitivityTable) -> list[tuple[
 
 
 def _summary(allocation: Allocation, table: SensitivityTable) -> str:
-    """Size, prediction, worst domain, correction: one line each."""
-    prediction = f"{allocation.predicted_divergence:.4g} ± {allocation.predicted_stderr:.2g} nats per token"
-    bound = f"none within this budget is below {allocation.lower_bound:.4g} ({allocation.solver} solver)"
+    """Size, budget, prediction, worst domain, correction: one line each."""
     lines = [
         f"{allocation.achieved_bpw:.3f} bits per weight of at most {allocation.target_bpw:.3f}, all counted: "
-        f"{format_nbytes(allocation.nbytes)}",
-        f"predicted divergence {prediction}; {bound}",
+        f"{format_nbytes(allocation.nbytes)}"
+    ]
+    if allocation.budget and not allocation.budget.startswith("--target-bpw"):
+        lines.append(allocation.budget)
+    if table.method == "static":
+        return "\n".join([*lines, "no prediction: the static method ranks tensors by shape"])
+    lines += [
+        f"predicted KL {prediction_text(allocation.predicted_divergence, table)}",
+        f"no allocation within this budget is predicted below {allocation.lower_bound:.4g} "
+        f"({allocation.solver} solver)",
     ]
     if allocation.worst_domain:
-        lines.append(f"worst domain {allocation.worst_domain}: {allocation.worst_domain_divergence:.4g}")
+        worst = f"{allocation.worst_domain_divergence:.4g}"
+        lines.append(f"worst domain {allocation.worst_domain}: predicted {worst}")
     if table.correction != "none":
         lines.append(f"measured with {table.correction} correction; convert with the same")
     return "\n".join(lines)
 
 
-def _comparison_rows(allocation: Allocation) -> list[tuple[str, ...]]:
-    """This allocation, the uniform choices within its bits, and the next one above."""
+def _comparison(allocation: Allocation, table: SensitivityTable) -> str:
+    """This allocation, the best uniform choices within its bits and the next one above, by bits."""
     own = allocation.predicted_divergence
-    rows: list[tuple[str, ...]] = [
-        ("this allocation", f"{allocation.achieved_bpw:.3f}", f"{own:.4g}", "1.00")
-    ]
     within = [row for row in allocation.uniform if row[1] <= allocation.target_bpw]
     above = [row for row in allocation.uniform if row[1] > allocation.target_bpw]
-    best_first = sorted(within, key=lambda row: row[2])[:4]
-    for label, bpw, divergence in [*best_first, *above[:1]]:
-        ratio = f"{divergence / own:.2f}" if own > 0 else "–"
-        rows.append((f"uniform {label}", f"{bpw:.3f}", f"{divergence:.4g}", ratio))
-    return rows
+    best = sorted(within, key=lambda row: row[2])[:_SHOWN_UNIFORM]
+    rounding = "plain" if table.correction == "none" else table.correction
+    rows = [("this allocation", f"{allocation.achieved_bpw:.3f}", f"{own:.4g}", "1.00")]
+    rows += [
+        (
+            f"uniform {label}, {rounding} rounding",
+            f"{bpw:.3f}",
+            f"{divergence:.4g}",
+            f"{divergence / own:.2f}" if own > 0 else "–",
+        )
+        for label, bpw, divergence in sorted([*best, *above[:1]], key=lambda row: (row[1], row[0]))
+    ]
+    title = f"all {predicted_as(table.correction)}"
+    if table.correction != "none":
+        title += " (stock mlx-lm rounds plainly: optiq score measures that)"
+    return format_table(("stored as", "bpw", "predicted KL", "× this, predicted"), rows, title)
+
+
+def _measured(score: ScoreReport) -> str:
+    """What was measured of the same model on held-out text."""
+    rows = [
+        (
+            f"{row.label}, plain rounding" if row.role == "uniform" else row.label,
+            f"{row.bpw:.3f}",
+            plus_minus(row.divergence, row.divergence_half_width),
+        )
+        for row in score.rows
+        if row.role != "reference"
+    ]
+    return format_table(("stored as", "bpw", "KL ± 95 %"), rows, f"measured on held-out text ({SCORE_FILE})")
+
+
+def _score_beside(table: Path) -> ScoreReport | None:
+    """The score record of the folder that the sensitivity file is in, where it has one."""
+    file = (table if table.is_dir() else table.absolute().parent.parent) / SCORE_FILE
+    return read_score(file) if file.is_file() else None
 
 
 def _pin_table(pins: tuple[Pin, ...]) -> str:
@@ -147,7 +197,9 @@ def _pin_table(pins: tuple[Pin, ...]) -> str:
         (reason, label, str(len(group)), f"{_cost(group):.3g}", f"{_kilobytes(group):+,.1f}", group[0].path)
         for (reason, label), group in sorted(groups.items(), key=lambda entry: -_cost(entry[1]))
     ]
-    title = f"pinned: {len(pins)} tensors, together {_cost(pins):.3g} nats per token at this budget"
+    plural = "" if len(pins) == 1 else "s"
+    cost = f"predicted {_cost(pins):.3g} nats per token"
+    title = f"pinned: {len(pins)} tensor{plural}, together {cost} at this budget"
     return format_table(("reason", "choice", "tensors", "nats", "kB", "such as"), rows, title)
 
 

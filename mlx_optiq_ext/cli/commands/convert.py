@@ -10,6 +10,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from mlx_optiq_ext.cli.arguments import add_options, given_options, options_from
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
     result = convert_model(
         ref, options, out, progress=console.progress, given=given_options(args, ConvertOptions)
     )
-    for note in result.notes:
-        console.note(f"note: {note}")
+    if console.json_output:
+        for note in result.notes:
+            console.note(f"note: {note}")
     console.result(result, "" if console.json_output else render(result, is_terminal=console.out.isatty()))
     return 0
 
@@ -58,6 +61,7 @@ def render(result: ConversionResult, *, is_terminal: bool) -> str:
     out = Path(result.out)
     table = read_sensitivity(out)
     report = build_report(out.name, table=table, allocation=result.allocation, score=result.score)
+    report = replace(report, notes=tuple(dict.fromkeys((*result.notes, *report.notes))))
     usage = snippets_text(usage_snippets(result.out, is_chat=has_chat_template(out)))
     return "\n\n".join(
         (

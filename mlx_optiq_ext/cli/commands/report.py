@@ -88,7 +88,7 @@ def load_report(path: Path) -> Report:
     if path.is_file():
         return _table_report(path, read_sensitivity(path))
     missing = []
-    allocation = _allocation(path)
+    allocation, notes = _allocation(path)
     if allocation is None:
         missing.append("bits chosen: no optiq/metadata.json; optiq convert writes it")
     table_file = _sensitivity_file(path)
@@ -104,7 +104,7 @@ def load_report(path: Path) -> Report:
             f"{path} has none of optiq/metadata.json, optiq/sensitivity.json, {SCORE_FILE}; "
             "give a folder made by optiq convert, or a sensitivity file"
         )
-    return build_report(
+    report = build_report(
         path.resolve().name,
         table=table,
         allocation=allocation,
@@ -112,6 +112,7 @@ def load_report(path: Path) -> Report:
         predicted=predicted_curve(table) if table else (),
         missing=missing,
     )
+    return msgspec.structs.replace(report, notes=tuple(dict.fromkeys((*notes, *report.notes))))
 
 
 def predicted_curve(table: SensitivityTable) -> tuple[CurvePoint, ...]:
@@ -155,14 +156,14 @@ def _sensitivity_file(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _allocation(folder: Path) -> Allocation | None:
-    """The chosen bit map, from our metadata or the published forms."""
+def _allocation(folder: Path) -> tuple[Allocation | None, tuple[str, ...]]:
+    """The chosen bit map and the notes on it, from our metadata or the published forms."""
     if find_metadata(folder) is None:
-        return None
+        return None, ()
     metadata = read_metadata(folder)
     if not isinstance(metadata, PublishedMetadata):
-        return metadata.allocation
-    return Allocation(
+        return metadata.allocation, metadata.notes
+    allocation = Allocation(
         bit_map=metadata.bit_map,
         target_bpw=metadata.target_bpw or 0.0,
         achieved_bpw=0.0,
@@ -170,3 +171,4 @@ def _allocation(folder: Path) -> Allocation | None:
         predicted_divergence=0.0,
         solver="published",
     )
+    return allocation, ()

@@ -1,21 +1,26 @@
 """Compare checkpoints with their reference on held-out text.
 
 Prints one table: true stored bits, divergence with its interval, ratio to the first checkpoint, agreement,
-perplexity. `--uniform 4,5,6` adds the reference quantized uniformly, as stock mlx-lm would.
+perplexity. `--uniform 4,5,6` adds the reference quantized uniformly, as stock mlx-lm would. Written to
+optiq/score.json of the first checkpoint, the scores enter its metadata and its model card too.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
+from mlx_optiq_ext.convert.rescore import is_own_record, record_score
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.eval.score import parse_uniform, score
 from mlx_optiq_ext.formats.atomic import require_absent_file, write_bytes_atomic
 from mlx_optiq_ext.formats.score import encode_score
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.quant.report import comparison_table
+from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ScoreOptions
+from mlx_optiq_ext.types.score import ScoreReport
 
 __all__ = ["add_arguments", "run"]
 
@@ -54,8 +59,19 @@ def run(args: argparse.Namespace) -> int:
     ]
     report = score(reference, candidates, options, console.progress)
     if args.out is not None:
-        write_bytes_atomic(Path(args.out), encode_score(report))
+        _write(Path(args.out), candidates, report, console)
+    for note in report.notes:
+        console.note(f"note: {note}")
     table = comparison_table(report)
     text = format_table(table.columns, table.rows, title=table.title)
     console.result(report, f"{text}\n{table.note}")
     return 0
+
+
+def _write(file: Path, candidates: Sequence[ModelRef], report: ScoreReport, console: Console) -> None:
+    """Write the scores; into a checkpoint's own record with all that speaks of them there."""
+    if not candidates or not is_own_record(file, Path(candidates[0].path)):
+        write_bytes_atomic(file, encode_score(report))
+        return
+    for note in record_score(Path(candidates[0].path), report):
+        console.note(f"note: {note}")
