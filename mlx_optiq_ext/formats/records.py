@@ -3,6 +3,7 @@
 Knows no particular file; called by the modules of those that have a ``format_version``.
 """
 
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,14 @@ import msgspec
 
 from mlx_optiq_ext.errors import UsageError
 
-__all__ = ["RecordForm", "convert_record", "parse_json", "read_record"]
+__all__ = [
+    "RecordForm",
+    "convert_record",
+    "encode_by_line",
+    "locate_record",
+    "parse_json",
+    "read_record",
+]
 
 _S = TypeVar("_S", bound=msgspec.Struct)
 
@@ -24,6 +32,20 @@ class RecordForm(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a good one: ``measure again``."""
     newest: int = 1
     """The ``format_version`` that is written; all from 1 on are read."""
+
+
+def locate_record(path: Path, names: Sequence[str], form: RecordForm) -> Path:
+    """The file itself, or the first of ``names`` that a folder has.
+
+    Raises:
+        UsageError: The folder has none of them.
+    """
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise UsageError(f"{path} has no {form.name} ({', '.join(names)}); {form.remedy}")
+    return found
 
 
 def read_record(path: Path, form: RecordForm) -> bytes:
@@ -75,3 +97,17 @@ def convert_record(document: Any, kind: type[_S], where: str, form: RecordForm) 
         return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:
         raise UsageError(f"{where} is not a valid {form.name}: {error}; {form.remedy}") from error
+
+
+def encode_by_line(record: msgspec.Struct, line_per_entry: Container[str]) -> bytes:
+    """UTF-8 JSON, one field a line; of the named fields, which are sequences, one entry a line."""
+    fields = []
+    for name in record.__struct_fields__:
+        value = getattr(record, name)
+        if name in line_per_entry and value:
+            lines = b",\n  ".join(msgspec.json.encode(entry) for entry in value)
+            body = b"[\n  " + lines + b"\n ]"
+        else:
+            body = msgspec.json.encode(value)
+        fields.append(b' "' + name.encode() + b'": ' + body)
+    return b"{\n" + b",\n".join(fields) + b"\n}\n"

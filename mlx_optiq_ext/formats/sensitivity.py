@@ -14,7 +14,13 @@ import msgspec
 from mlx_optiq_ext.errors import MeasurementError, UsageError
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.published import table_from_published
-from mlx_optiq_ext.formats.records import RecordForm, convert_record, read_record
+from mlx_optiq_ext.formats.records import (
+    RecordForm,
+    convert_record,
+    encode_by_line,
+    locate_record,
+    read_record,
+)
 from mlx_optiq_ext.types.quant import SensitivityTable
 
 __all__ = ["decode_sensitivity", "encode_sensitivity", "read_sensitivity", "write_sensitivity"]
@@ -32,7 +38,7 @@ def read_sensitivity(path: str | Path) -> SensitivityTable:
     Raises:
         UsageError: No such file, not a sensitivity file, or a version this package does not know.
     """
-    file = _locate(Path(path))
+    file = locate_record(Path(path), _NAMES, _FORM)
     return decode_sensitivity(read_record(file, _FORM), str(file))
 
 
@@ -59,16 +65,7 @@ def encode_sensitivity(table: SensitivityTable) -> bytes:
                 f"the probe of {probe.path} as {probe.choice.label} is not finite; measure in float32, "
                 "and check the calibration text"
             )
-    fields = []
-    for name in table.__struct_fields__:
-        value = getattr(table, name)
-        if name in _LINE_PER_ENTRY and value:
-            lines = b",\n  ".join(msgspec.json.encode(entry) for entry in value)
-            body = b"[\n  " + lines + b"\n ]"
-        else:
-            body = msgspec.json.encode(value)
-        fields.append(b' "' + name.encode() + b'": ' + body)
-    return b"{\n" + b",\n".join(fields) + b"\n}\n"
+    return encode_by_line(table, _LINE_PER_ENTRY)
 
 
 def decode_sensitivity(data: bytes, where: str) -> SensitivityTable:
@@ -86,16 +83,6 @@ def decode_sensitivity(data: bytes, where: str) -> SensitivityTable:
     if isinstance(document, list) or (isinstance(document, dict) and "layers" in document):
         return table_from_published(document, where)
     return convert_record(document, SensitivityTable, where, _FORM)
-
-
-def _locate(path: Path) -> Path:
-    """The file itself, or the one inside a folder."""
-    if not path.is_dir():
-        return path
-    found = next((path / name for name in _NAMES if (path / name).is_file()), None)
-    if found is None:
-        raise UsageError(f"{path} has no sensitivity file ({', '.join(_NAMES)}); `optiq measure` makes one")
-    return found
 
 
 def _decode_leniently(data: bytes, where: str) -> Any:

@@ -56,9 +56,15 @@ def layouts(caches: CacheMap, config: KVConfig) -> dict[tuple[int, int | None], 
     Raises:
         FingerprintMismatch, UsageError: As :func:`build_caches`.
     """
-    named = {(layer.index, layer.member): layer for layer in config.layers}
     known = {(site.index, site.member): site for site in caches.sites}
-    missing = sorted(str(place[0]) for place in named.keys() - known.keys())
+    named = {}
+    missing = []
+    for layer in config.layers:
+        place = (layer.index, layer.member) if layer.index >= 0 else _place_of_block(layer, caches)
+        if place in known:
+            named[place] = layer
+        else:
+            missing.append(f"{layer.index}" if layer.index >= 0 else f"of block {layer.layer}")
     if missing:
         raise FingerprintMismatch(
             f"the KV configuration names caches {', '.join(missing)}, where this model has no keys and "
@@ -71,6 +77,25 @@ def layouts(caches: CacheMap, config: KVConfig) -> dict[tuple[int, int | None], 
         )
         for place, site in known.items()
     }
+
+
+def _place_of_block(layer: KVLayer, caches: CacheMap) -> tuple[int, int | None] | None:
+    """(index, member) of the cache that a block fills, for entries that name blocks only; None: it has none.
+
+    Raises:
+        FingerprintMismatch: The block fills several, and the entry does not say which.
+    """
+    places = [
+        (site.index, site.member)
+        for site in caches.sites
+        if site.layer == layer.layer and layer.member in (None, site.member)
+    ]
+    if len(places) > 1:
+        raise FingerprintMismatch(
+            f"the KV configuration has one entry for block {layer.layer}, which fills {len(places)} caches; "
+            "make one for this model with `optiq kv-cache MODEL`"
+        )
+    return places[0] if places else None
 
 
 def _layout(site: KVSite, layer: KVLayer, config: KVConfig, caches: CacheMap) -> Layout:

@@ -58,6 +58,7 @@ class KVLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How one cache stores its keys and its values; ``keep`` is the model's own precision."""
 
     index: int
+    """Position in the list that ``make_prompt_cache`` returns; −1: the one that block ``layer`` fills."""
     member: int | None = None
     layer: int | None = None
     k: Choice = KEEP
