@@ -13,9 +13,9 @@ import msgspec
 from mlx_optiq_ext.errors import PatchError
 from mlx_optiq_ext.patches.attention import PATCH as ATTENTION
 from mlx_optiq_ext.patches.convert_recipe import PATCH as CONVERT_RECIPE
-from mlx_optiq_ext.patches.patch import Patch, Undo, check_version, mlx_lm_version
+from mlx_optiq_ext.patches.patch import Patch, Undo, check_version
 
-__all__ = ["PATCHES", "PatchReport", "apply_all", "apply_to", "is_active", "report", "revert_all"]
+__all__ = ["PATCHES", "PatchReport", "apply_to", "is_active", "report", "revert_all"]
 
 PATCHES: tuple[Patch, ...] = (ATTENTION, CONVERT_RECIPE)
 
@@ -30,21 +30,8 @@ class PatchReport(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     range: str
     why: str
-    mlx_lm_version: str
     state: Literal["active", "inactive", "refused", "without effect"]
     detail: str = ""
-
-
-def apply_all() -> None:
-    """Import every patched module and apply its patches. Idempotent.
-
-    Raises:
-        PatchUnsupported: mlx-lm does not fit; it is left untouched.
-        PatchConflict: Somebody else holds the name.
-    """
-    for patch in PATCHES:
-        importlib.import_module(patch.target)
-        apply_to(patch.target)
 
 
 def apply_to(module_name: str) -> None:
@@ -108,7 +95,6 @@ def _report(patch: Patch) -> PatchReport:
         target=patch.target,
         range=patch.range,
         why=patch.why,
-        mlx_lm_version=mlx_lm_version(),
         state=state,
         detail=detail,
     )

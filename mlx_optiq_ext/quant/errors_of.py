@@ -43,7 +43,8 @@ def choice_errors(
 ) -> Iterator[tuple[int, list[mx.array]]]:
     """Yield (first row, [error of each choice]) over chunks of rows; errors are float32, evaluated.
 
-    Rows (experts of a stack) are quantized independently, so chunks change nothing.
+    Rows (experts of a stack) are quantized independently, so chunks change nothing. The full correction is
+    rounded fast here; what it gains beyond is a factor on the cost (:class:`Costs`).
 
     Args:
         weight: (O, I) or (E, O, I).
@@ -52,6 +53,7 @@ def choice_errors(
         float_dtype: Stored type of scales and biases; also what the weight is cast to first.
         importance: (I,) or (E, I).
     """
+    rounded: Level = "fast" if level == "full" else level
     per_row = weight.size // weight.shape[0]
     step = max(1, _CHUNK_WEIGHTS // max(per_row, 1))
     for start in range(0, weight.shape[0], step):
@@ -64,7 +66,7 @@ def choice_errors(
         )
         errors = []
         for choice in choices:
-            packed = pack(rows, choice, level=level, float_dtype=float_dtype, importance=own)
+            packed = pack(rows, choice, level=rounded, float_dtype=float_dtype, importance=own)
             errors.append(unpack(packed, choice) - exact)
             mx.eval(errors[-1])
         yield start, errors
@@ -86,11 +88,7 @@ def divergence_of_choices(
     pieces = [
         statistics.divergence(start, errors)
         for start, errors in choice_errors(
-            weight,
-            stored,
-            level="fast" if level == "full" else level,
-            float_dtype=float_dtype,
-            importance=importance,
+            weight, stored, level=level, float_dtype=float_dtype, importance=importance
         )
     ]
     costs = np.sum(pieces, axis=0)
@@ -165,11 +163,7 @@ def divergence_of_head_choices(
     changes: list[list[list[mx.array]]] = [[] for _ in stored]
     costs: Floats = np.zeros((len(stored), 1))
     for start, errors in choice_errors(
-        weight,
-        stored,
-        level="fast" if level == "full" else level,
-        float_dtype=float_dtype,
-        importance=importance,
+        weight, stored, level=level, float_dtype=float_dtype, importance=importance
     ):
         for c, error in enumerate(errors):
             changes[c].append(head.logit_change(error))

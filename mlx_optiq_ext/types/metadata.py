@@ -49,7 +49,7 @@ class CheckpointMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     model: ModelFingerprint
     method: Literal["fisher", "kl", "static", "published"]
     """How the sensitivities were found."""
-    reference: Literal["resident", "stream", "uniform_4bit", "none"]
+    reference: Literal["resident", "stream", "none"]
     """What probes were compared with."""
     calibration: CalibrationInfo
     sensitivity_sha256: str = ""

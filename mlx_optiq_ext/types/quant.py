@@ -191,7 +191,7 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     format_version: int = 1
     model: ModelFingerprint
     method: Literal["fisher", "kl", "static", "published"]
-    reference: Literal["resident", "stream", "uniform_4bit", "none"]
+    reference: Literal["resident", "stream", "none"]
     correction: Literal["none", "fast", "full"]
     calibration: CalibrationInfo
     domains: tuple[str, ...]

@@ -56,7 +56,7 @@ def test_applying_twice_changes_nothing_more(convert_module):
     mlx_optiq_ext.install()
     once = snapshot(convert_module)
     mlx_optiq_ext.install()
-    registry.apply_all()
+    registry.apply_to("mlx_lm.convert")
     assert snapshot(convert_module) == once
     assert convert_module.QUANT_RECIPES.count("optiq") == 1
 
@@ -104,7 +104,7 @@ def test_a_recipe_of_that_name_from_someone_else_is_a_conflict(convert_module, m
     monkeypatch.setattr(convert_module, "QUANT_RECIPES", ["mixed_4_6", "optiq"])
     before = snapshot(convert_module)
     with pytest.raises(PatchConflict, match="has 'optiq' already"):
-        registry.apply_all()
+        registry.apply_to("mlx_lm.convert")
     assert snapshot(convert_module) == before
 
 

@@ -56,7 +56,7 @@ _TABLE = st.builds(
     SensitivityTable,
     model=st.builds(ModelFingerprint, model_type=_NAME, sha256=_NAME, source=_NAME, revision=_NAME),
     method=st.sampled_from(["fisher", "kl", "static", "published"]),
-    reference=st.sampled_from(["resident", "stream", "uniform_4bit", "none"]),
+    reference=st.sampled_from(["resident", "stream", "none"]),
     correction=st.sampled_from(["none", "fast", "full"]),
     calibration=_CALIBRATION,
     domains=st.lists(_NAME, max_size=3).map(tuple),

@@ -34,5 +34,4 @@ def test_blas_threads_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_blas_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_openblas", lambda: None)
-    with threads.single_blas_thread():
-        pass
+    assert threads.in_threads(lambda span: span[1] - span[0], [(0, 2), (2, 5)]) == [2, 3]
