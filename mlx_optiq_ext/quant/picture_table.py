@@ -1,13 +1,14 @@
-"""Tables and facts as shapes, for media without tables of their own."""
+"""Tables, facts and notes as shapes, for media without tables of their own."""
 
 from mlx_optiq_ext.quant.picture import Line, Rect, Scene, Shape, Text, text_width
 from mlx_optiq_ext.types.report import TextTable
 
-__all__ = ["facts_scene", "table_scene"]
+__all__ = ["facts_scene", "list_scene", "table_scene"]
 
 _WIDTH = 960.0
 _ROW = 26.0
 _GAP = 26.0
+_LINE = 22.0
 
 
 def table_scene(table: TextTable) -> Scene:
@@ -41,12 +42,38 @@ def table_scene(table: TextTable) -> Scene:
 
 
 def facts_scene(facts: tuple[tuple[str, str], ...]) -> Scene:
-    """Names and values on a panel."""
+    """Names and values on a panel; values that are too long go on in the next line."""
     left = max(text_width(name) for name, _ in facts) + 44
-    height = 22.0 * len(facts) + 24
-    shapes: list[Shape] = [Rect(x=0, y=0, width=_WIDTH, height=height, fill="panel", radius=8)]
-    for index, (name, value) in enumerate(facts):
-        y = 28 + 22.0 * index
+    shapes: list[Shape] = []
+    y = 28.0
+    for name, value in facts:
         shapes.append(Text(x=20, y=y, text=name, ink="muted"))
-        shapes.append(Text(x=left, y=y, text=value))
-    return Scene(title="", width=_WIDTH, height=height, shapes=tuple(shapes))
+        for line in _wrapped(value, _WIDTH - left - 20):
+            shapes.append(Text(x=left, y=y, text=line))
+            y += _LINE
+    height = y - 28.0 + 24
+    panel = Rect(x=0, y=0, width=_WIDTH, height=height, fill="panel", radius=8)
+    return Scene(title="", width=_WIDTH, height=height, shapes=(panel, *shapes))
+
+
+def list_scene(title: str, items: tuple[str, ...]) -> Scene:
+    """Sentences below a heading, each with a dash."""
+    shapes: list[Shape] = []
+    y = 14.0
+    for item in items:
+        shapes.append(Text(x=0, y=y, text="–", ink="muted"))
+        for line in _wrapped(item, _WIDTH - 16):
+            shapes.append(Text(x=16, y=y, text=line))
+            y += _LINE
+    return Scene(title=title, width=_WIDTH, height=y - 8, shapes=tuple(shapes))
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    """Lines no wider than ``width``, broken at spaces."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and text_width(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]

@@ -179,7 +179,7 @@ def _curve(
 
 def _curve_note(table: SensitivityTable | None) -> str:
     check = table.probe_check if table else None
-    probed = f" (exact probes: × {check.ratio:.2f})" if check else ""
+    probed = f" (exact probes: ×{check.ratio:.2f})" if check else ""
     return f"Predictions are raw estimates on calibration text{probed}."
 
 

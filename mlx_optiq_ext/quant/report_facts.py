@@ -68,8 +68,8 @@ def prediction_text(divergence: float, table: SensitivityTable | None) -> str:
     check = table.probe_check if table else None
     if check is None:
         return text
-    about = f"{check.ratio * divergence:.2g}"
-    return f"{text}; {check.num_probes} exact probes say × {check.ratio:.2f}, so about {about}"
+    about = f"{check.ratio * divergence:#.2g}".rstrip(".")
+    return f"{text}; {check.num_probes} exact probes say ×{check.ratio:.2f}, so about {about}"
 
 
 def _table_facts(table: SensitivityTable) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.quant.picture import INKS, Dot, Line, Path, Rect, Scene, Shape, Text
 from mlx_optiq_ext.quant.picture_curve import curve_scene
 from mlx_optiq_ext.quant.picture_heat import bits_scene, sensitivity_scene
-from mlx_optiq_ext.quant.picture_table import facts_scene, table_scene
+from mlx_optiq_ext.quant.picture_table import facts_scene, list_scene, table_scene
 from mlx_optiq_ext.types.report import Report
 
 __all__ = ["render_png", "report_scenes"]
@@ -60,6 +60,8 @@ def report_scenes(report: Report) -> list[Scene]:
     if report.heat_map:
         scenes += [bits_scene(report.heat_map), sensitivity_scene(report.heat_map)]
     scenes += [table_scene(table) for table in (report.bits, report.domains, report.pins) if table]
+    for title, items in (("Missing", report.missing), ("Notes", report.notes)):
+        scenes.append(list_scene(title, items) if items else None)
     return [scene for scene in scenes if scene is not None]
 
 

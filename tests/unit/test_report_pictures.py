@@ -109,6 +109,20 @@ def test_texts_neither_overlap_nor_leave_the_picture(blocks: int, modules: tuple
         assert all(box[1] >= -1 and box[3] <= scene.height + 1 for box in boxes), scene.title
 
 
+def test_long_facts_and_notes_are_whole_and_within_the_picture() -> None:
+    words = (
+        "imported from a Q4_1 GGUF file: its weights lie on a 4-bit grid already, divergence is from these"
+    )
+    report = replace(make_report(2), facts=(("reference weights", f"{words}, {words}"),), notes=(words * 2,))
+    scenes = report_scenes(report)
+    assert scenes[-1].title == "Notes"
+    for scene in (scenes[0], scenes[-1]):
+        texts = [shape for shape in scene.shapes if isinstance(shape, Text)]
+        assert " ".join(shape.text for shape in texts).count("4-bit grid already") == 2
+        assert all(_text_box(shape)[2] <= scene.width for shape in texts)
+        assert all(shape.y <= scene.height for shape in texts)
+
+
 def test_labels_hide_no_point() -> None:
     report = make_report()
     assert report.curve is not None

@@ -60,11 +60,13 @@ def run(args: argparse.Namespace) -> int:
     report = score(reference, candidates, options, console.progress)
     if args.out is not None:
         _write(Path(args.out), candidates, report, console)
-    for note in report.notes:
-        console.note(f"note: {note}")
+    notes = [f"note: {note}" for note in report.notes]
+    if console.json_output:
+        for note in notes:
+            console.note(note)
     table = comparison_table(report)
     text = format_table(table.columns, table.rows, title=table.title)
-    console.result(report, f"{text}\n{table.note}")
+    console.result(report, "\n".join((text, table.note, *notes)))
     return 0
 
 
