@@ -103,7 +103,7 @@ def _costliest(table: SensitivityTable) -> str:
     choice = _common_choice(table)
     probes = sorted((p for p in table.probes if p.choice.label == choice), key=lambda p: -p.divergence)
     rows = [(p.path, f"{p.divergence:.3g} ± {p.stderr:.1g}") for p in probes[:_SHOWN]]
-    return format_table((f"costliest at {choice}", "divergence"), rows)
+    return format_table((f"costliest at {choice}", "divergence ± standard error over windows"), rows)
 
 
 def _common_choice(table: SensitivityTable) -> str:
