@@ -1,7 +1,7 @@
 """Attention over stored keys and values, each with a storage of its own.
 
-One query at a time reads the codes directly; longer blocks unpack them and use the fused kernel, whose
-memory does not grow with queries × keys. Never changes its caller's arrays. Called through
+A few queries read the codes directly; longer blocks unpack them and use the fused kernel, whose memory does
+not grow with queries × keys. Never changes its caller's arrays. Called through
 ``patches.attention`` and by the caches' tests.
 """
 
@@ -10,10 +10,13 @@ import mlx.core as mx
 from mlx_optiq_ext.kv.store import kernel_tile
 from mlx_optiq_ext.kv.stored import Exact, Stored
 
-__all__ = ["MAX_DIRECT_QUERIES", "attend"]
+__all__ = ["MAX_SHORT", "attend"]
 
-MAX_DIRECT_QUERIES = 8
+MAX_SHORT = 8
 """Longest block of queries that reads codes directly (decoding, and checking a few drafted tokens)."""
+
+_MAX_ROWS_CPU = 4
+"""Query rows per key-value head up to which reading codes beats unpacking them on a CPU."""
 
 
 def attend(
@@ -42,11 +45,11 @@ def attend(
     turned = keys.codec.turn(queries)
     scale = scale * keys.codec.product_scale
     packed = keys.codec.is_packed or values.codec.is_packed
-    if packed and queries.shape[2] <= MAX_DIRECT_QUERIES:
+    if packed and queries.shape[2] <= MAX_SHORT:
         shift = _shift(queries, keys) if sinks is not None else None
-        out = _direct(turned, keys, values, scale, _Bias(mask, sinks, shift))
+        out = _short(turned, keys, values, scale, _Bias(mask, sinks, shift))
     else:
-        out = _unpacked(turned, keys, values, scale, mask, sinks)
+        out = _long(turned, keys, values, scale, mask, sinks)
     return values.codec.turn_back(out).astype(queries.dtype)
 
 
@@ -59,7 +62,7 @@ class _Bias:
         self.mask, self.sinks, self.shift = mask, sinks, shift
 
 
-def _unpacked(
+def _long(
     queries: mx.array,
     keys: Stored,
     values: Stored,
@@ -67,20 +70,19 @@ def _unpacked(
     mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    numbers = keys.numbers()
+    numbers = keys.numbers(queries.dtype)
     if sinks is not None and keys.codec.mean is not None:
         numbers = numbers + keys.codec.turn(keys.codec.mean_as(numbers.dtype))
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(queries.dtype)
-    out: mx.array = mx.fast.scaled_dot_product_attention(
+    return mx.fast.scaled_dot_product_attention(
         queries,
-        numbers.astype(queries.dtype),
-        values.numbers().astype(queries.dtype),
+        numbers,
+        values.numbers(queries.dtype),
         scale=scale,
         mask=mask,
         sinks=sinks,
     )
-    return out
 
 
 def _shift(queries: mx.array, keys: Stored) -> mx.array | None:
@@ -94,12 +96,17 @@ def _shift(queries: mx.array, keys: Stored) -> mx.array | None:
     return products.reshape(batch, num_queries, length, 1) / keys.codec.product_scale
 
 
-def _direct(queries: mx.array, keys: Stored, values: Stored, scale: float, bias: _Bias) -> mx.array:
-    """Scores from codes, weights times codes: nothing is unpacked."""
+def _short(queries: mx.array, keys: Stored, values: Stored, scale: float, bias: _Bias) -> mx.array:
+    """Scores and weighted sums by key-value head; float32 between the products."""
     batch, num_queries, length, dim = queries.shape
     heads, columns = keys.shape[1:3]
-    grouped = queries.reshape(batch, heads, num_queries // heads * length, dim)
-    scores = _scores(grouped, keys).reshape(batch, num_queries, length, columns)
+    rows = num_queries // heads * length
+    on_cpu = mx.default_device() == mx.cpu
+    # A CPU multiplies 16-bit numbers and codes many times slower than float32, and less exactly.
+    grouped = queries.reshape(batch, heads, rows, dim).astype(mx.float32 if on_cpu else queries.dtype)
+    read_codes = not on_cpu or rows <= _MAX_ROWS_CPU
+    scores = _scores(grouped, keys, read_codes).astype(mx.float32)
+    scores = scores.reshape(batch, num_queries, length, columns)
     if bias.shift is not None:
         scores = scores + bias.shift
     scores = _masked(scores * scale, bias.mask)
@@ -107,25 +114,19 @@ def _direct(queries: mx.array, keys: Stored, values: Stored, scale: float, bias:
         sink = mx.broadcast_to(
             bias.sinks.astype(scores.dtype)[None, :, None, None], (batch, num_queries, length, 1)
         )
-        weights = mx.softmax(mx.concatenate([sink, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+        weights = mx.softmax(mx.concatenate([sink, scores], axis=-1), axis=-1)[..., 1:]
     else:
-        weights = mx.softmax(scores, axis=-1, precise=True)
-    weights = weights.reshape(batch, heads, num_queries // heads * length, columns)
-    return _weighted(weights, values).reshape(batch, num_queries, length, values.codec.dim)
+        weights = mx.softmax(scores, axis=-1)
+    weights = weights.reshape(batch, heads, rows, columns).astype(grouped.dtype)
+    return _weighted(weights, values, read_codes).reshape(batch, num_queries, length, values.codec.dim)
 
 
-def _scores(grouped: mx.array, keys: Stored) -> mx.array:
+def _scores(grouped: mx.array, keys: Stored, read_codes: bool) -> mx.array:
     """Products of queries (B, H, M, D) with every key: (B, H, M, S)."""
     codec, columns = keys.codec, keys.columns
-    if not codec.is_packed:
-        return grouped @ keys.numbers().swapaxes(-1, -2).astype(grouped.dtype)
-    scores: mx.array = mx.quantized_matmul(
-        grouped,
-        *_tiled(keys.parts),
-        transpose=True,
-        group_size=codec.choice.group_size,
-        bits=codec.choice.bits,
-    )[..., :columns]
+    if not (codec.is_packed and read_codes):
+        return grouped @ keys.numbers(grouped.dtype).swapaxes(-1, -2)
+    scores = codec.product(grouped, _tiled(keys.parts), transpose=True)[..., :columns]
     if keys.exact is None:
         return scores
     exact = grouped @ keys.exact.numbers.swapaxes(-1, -2).astype(grouped.dtype)
@@ -134,11 +135,11 @@ def _scores(grouped: mx.array, keys: Stored) -> mx.array:
     return mx.put_along_axis(scores, _columns(keys.exact, scores), exact, axis=-1)[..., :columns]
 
 
-def _weighted(weights: mx.array, values: Stored) -> mx.array:
+def _weighted(weights: mx.array, values: Stored, read_codes: bool) -> mx.array:
     """Weights (B, H, M, S) times values: (B, H, M, Dv)."""
     codec, columns = values.codec, values.columns
-    if not codec.is_packed:
-        return weights @ values.numbers().astype(weights.dtype)
+    if not (codec.is_packed and read_codes):
+        return weights @ values.numbers(weights.dtype)
     added: mx.array | None = None
     if values.exact is not None:
         if values.exact.spill:
@@ -148,13 +149,7 @@ def _weighted(weights: mx.array, values: Stored) -> mx.array:
         added = taken @ values.exact.numbers.astype(weights.dtype)
         weights = mx.put_along_axis(weights, where, mx.zeros_like(taken), axis=-1)[..., :columns]
     parts = _tiled(values.parts)
-    out: mx.array = mx.quantized_matmul(
-        _widened(weights, parts[0].shape[2] - columns),
-        *parts,
-        transpose=False,
-        group_size=codec.choice.group_size,
-        bits=codec.choice.bits,
-    )
+    out = codec.product(_widened(weights, parts[0].shape[2] - columns), parts, transpose=False)
     return out if added is None else out + added
 
 

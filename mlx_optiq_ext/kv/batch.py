@@ -32,8 +32,8 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
         self.layout = layout
         self.store = Store(layout)
         self.ends = ExactEnds(layout.recent, layout.first)
-        self.left_padding = mx.array(left_padding, dtype=mx.int32)
-        """First column of each row that is a token (B,); below zero where sliding dropped tokens."""
+        self.left_padding = mx.array([*left_padding], dtype=mx.int32)
+        """First column of each row that is a token (B,)."""
         self.offset = -self.left_padding
         """Tokens of each row (B,)."""
         self.seen = 0
@@ -46,12 +46,12 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
     def joined(cls, caches: Sequence[MixedKVCache]) -> "BatchMixedKVCache":
         """One batch of single caches that are stored alike, in this order."""
         columns = max(cache.store.used for cache in caches)
-        batch = cls(caches[0].layout, [columns - cache.store.used for cache in caches])
+        batch = cls(caches[0].layout.joinable, [columns - cache.store.used for cache in caches])
         if not columns:
             return batch
         filled = next(cache for cache in caches if cache.store.used)
         parts = [_justified(cache, columns, filled.store.parts) for cache in caches]
-        batch.store.parts = [mx.concatenate(rows) for rows in zip(*parts, strict=True)]
+        batch.store.parts = [mx.concatenate([*rows]) for rows in zip(*parts, strict=True)]
         batch.store.used = batch._shown = columns
         batch.store.dtype = filled.store.dtype
         batch.seen = max(cache.offset for cache in caches)
@@ -87,7 +87,12 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             exact = self.ends.exact_of_rows(columns, rows)
         return present(self.store, keys, values, columns, exact)
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+    def make_mask(
+        self,
+        N: int,
+        return_array: bool = False,  # noqa: ARG002  mlx-lm's signature
+        window_size: int | None = None,
+    ) -> mx.array:
         """Mask (B, 1, N, S) for the next N queries."""
         window, used, padding = self.layout.window, self.store.used, self.left_padding
         if window is not None:
@@ -111,17 +116,18 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             lengths: Tokens to come of each row, padding not counted.
             right_padding: Padding behind them.
         Raises:
-            UsageError: Left padding for a cache that is not empty.
+            UsageError: Left padding for a cache that is not empty, or right padding without lengths.
         """
         if left_padding is not None:
             if self.store.parts:
                 raise UsageError("left padding can be added to an empty cache only")
-            padding = mx.array(left_padding, dtype=mx.int32)
+            padding = mx.array([*left_padding], dtype=mx.int32)
             self.left_padding, self.offset = self.left_padding + padding, self.offset - padding
         if right_padding is not None and max(right_padding) > 0:
             if lengths is None:
-                lengths = [max(right_padding) - padding for padding in right_padding]
-            self._lengths = self.offset + mx.array(lengths, dtype=mx.int32)
+                raise UsageError("right padding needs the lengths of the rows as well")
+            self._lengths = self.offset + mx.array([*lengths], dtype=mx.int32)
+            self.ends.fill(self.store)
             self.ends.hold = max(right_padding)
 
     def finalize(self) -> None:
@@ -134,15 +140,17 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these rows, in this order; columns that only others needed go."""
-        rows = mx.array(batch_indices)
+        rows = mx.array(batch_indices, dtype=mx.int32)  # type: ignore[arg-type]
         if self.store.parts:
             self.store.change(lambda part: part[rows])
             self.ends.take_rows(rows)
         self.offset, self.left_padding = self.offset[rows], self.left_padding[rows]
         if self._lengths is not None:
             self._lengths = self._lengths[rows]
-        surplus = int(mx.min(self.left_padding).item()) if rows.size else 0
+        surplus = min(_integers(self.left_padding), default=0)
         if surplus > 0:
+            # A row that is padded has slid nowhere: the longest one is all that was ever seen.
+            self.seen = self.store.used - surplus
             self.left_padding = self.left_padding - surplus
             if self.store.parts:
                 self.store.drop(0, surplus)
@@ -165,7 +173,7 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             parts = [_justified(cache, columns, like) for cache in (self, other)]
             if not self.store.parts:
                 self.store.dtype = other.store.dtype
-            self.store.parts = [mx.concatenate(rows) for rows in zip(*parts, strict=True)]
+            self.store.parts = [mx.concatenate([*both]) for both in zip(*parts, strict=True)]
             self.store.used = self._shown = columns
             rows = self.offset.shape[0], other.offset.shape[0]
             joined = ExactEnds(self.layout.recent, self.layout.first)
@@ -180,10 +188,10 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
     def extract(self, idx: int) -> MixedKVCache:
         """One row as a cache of its own; evaluates the bookkeeping."""
         cache = MixedKVCache(self.layout)
-        padding = max(0, int(self.left_padding[idx].item()))
+        padding = _integers(self.left_padding)[idx]
         used = self.store.used
         cache.store.dtype = self.store.dtype
-        cache.offset = int(self.offset[idx].item())
+        cache.offset = max(0, _integers(self.offset)[idx])
         if self.store.parts and used > padding:
             cache.store.parts = [
                 mx.contiguous(part[idx : idx + 1, :, padding:used]) for part in self.store.parts
@@ -224,7 +232,7 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
     def state(self) -> tuple[Any, ...]:
         """Arrays and numbers that :meth:`from_state` takes; everything mlx-lm saves and evaluates."""
         lengths = [] if self._lengths is None else [self._lengths]
-        numbers = {"seen": self.seen, "lengths": len(lengths)}
+        numbers = {"seen": self.seen, "lengths": len(lengths), "hold": self.ends.hold}
         return (
             pack_state(self.store, self.ends, self._shown, numbers),
             *state_arrays(self.store, self.ends),
@@ -239,7 +247,7 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
         BatchMixedKVCache.__init__(self, restored.store.layout, [])
         self.store, self.ends, self._shown = restored.store, restored.ends, restored.shown
         self.left_padding, self.offset = restored.rest[:2]
-        self.seen = restored.numbers["seen"]
+        self.seen, self.ends.hold = restored.numbers["seen"], restored.numbers["hold"]
         self._lengths = restored.rest[2] if restored.numbers["lengths"] else None
 
     @property
@@ -277,6 +285,11 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             self.ends.roll(shifts)
         self.left_padding = mx.maximum(self.left_padding, 0) + shifts
         self.offset = self.offset - shifts
+
+
+def _integers(array: mx.array) -> list[int]:
+    """Its numbers; evaluates."""
+    return array.tolist()  # type: ignore[return-value]
 
 
 def _justified(cache: MixedKVCache | BatchMixedKVCache, columns: int, like: list[mx.array]) -> list[mx.array]:

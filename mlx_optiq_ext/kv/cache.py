@@ -83,7 +83,7 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
 
     def trim(self, n: int) -> int:
         """Forget the newest ``n`` tokens; returns how many there were."""
-        n = min(self.offset, n)
+        n = min(self.store.used, n)
         self.offset -= n
         self.store.used -= n
         self._shown = min(self._shown, self.store.used)
@@ -137,7 +137,8 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
         """
         from mlx_optiq_ext.kv.batch import BatchMixedKVCache  # deferred: it makes these when rows leave
 
-        if not all(same_layout(caches[0].layout, cache.layout) for cache in caches[1:]):
+        layouts = [cache.layout.joinable for cache in caches]
+        if not all(same_layout(layouts[0], layout) for layout in layouts[1:]):
             raise UsageError(
                 "caches of different storage cannot share a batch; build all of them from one kv_config.json"
             )

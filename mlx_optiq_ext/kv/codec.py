@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.types.quant import Choice
 
-__all__ = ["Codec", "hadamard_matrix", "rotation_divisor"]
+__all__ = ["Codec", "hadamard_matrix", "rotation_divisor", "rotation_order"]
 
 
 class Codec:
@@ -82,7 +82,7 @@ class Codec:
         if not self.rotate:
             return x
         turned = x @ _signs(self.dim, x.dtype).T
-        factor = self.divisor / self.dim
+        factor = self.divisor / rotation_order(self.dim)
         if math.log2(factor).is_integer():
             return turned * factor
         return (turned.astype(mx.float32) * factor).astype(x.dtype)
@@ -90,20 +90,41 @@ class Codec:
     @property
     def product_scale(self) -> float:
         """What turned queries · turned keys must be multiplied with to be queries · keys."""
-        return self.divisor**2 / self.dim if self.rotate else 1.0
+        return self.divisor**2 / rotation_order(self.dim) if self.rotate else 1.0
 
     def pack(self, x: mx.array) -> list[mx.array]:
         """Stored parts of numbers in stored coordinates; lazy."""
         if not self.is_packed:
             return [x]
-        return list(mx.quantize(x, group_size=self.choice.group_size, bits=self.choice.bits))
+        codes, scales, *biases = mx.quantize(x, group_size=self.choice.group_size, bits=self.choice.bits)
+        return [codes, scales, *biases]
 
-    def unpack(self, parts: list[mx.array]) -> mx.array:
-        """Numbers in stored coordinates; lazy."""
+    def unpack(self, parts: list[mx.array], dtype: mx.Dtype | None = None) -> mx.array:
+        """Numbers in stored coordinates, in ``dtype`` or as they went in; lazy."""
         if not self.is_packed:
-            return parts[0]
-        unpacked: mx.array = mx.dequantize(*parts, group_size=self.choice.group_size, bits=self.choice.bits)
-        return unpacked
+            return parts[0] if dtype is None else parts[0].astype(dtype)
+        codes, scales, biases = parts
+        dtype = dtype or scales.dtype
+        return mx.dequantize(
+            codes,
+            scales.astype(dtype),
+            biases.astype(dtype),
+            group_size=self.choice.group_size,
+            bits=self.choice.bits,
+        )
+
+    def product(self, x: mx.array, parts: list[mx.array], *, transpose: bool) -> mx.array:
+        """x times packed numbers, or times their transpose, read as codes; lazy, in the dtype of ``x``."""
+        codes, scales, biases = parts
+        return mx.quantized_matmul(
+            x,
+            codes,
+            scales.astype(x.dtype),
+            biases.astype(x.dtype),
+            transpose=transpose,
+            group_size=self.choice.group_size,
+            bits=self.choice.bits,
+        )
 
     def restore(self, x: mx.array) -> mx.array:
         """Out of stored coordinates, mean added; lazy."""
@@ -114,34 +135,39 @@ class Codec:
         """The mean as (1, H, 1, D)."""
         assert self.mean is not None
         if dtype not in self._mean_as:
-            self._mean_as[dtype] = self.mean.astype(dtype)[None, :, None, :]
+            mean = self.mean.astype(dtype)[None, :, None, :]
+            mx.eval(mean)  # shared by all caches of the layer, which may run in several threads
+            self._mean_as[dtype] = mean
         return self._mean_as[dtype]
 
 
+def rotation_order(dim: int) -> int:
+    """n of S·Sᵀ = n · I for :func:`hadamard_matrix`: ``dim``, or the block where no such matrix is known."""
+    power = dim & -dim
+    if dim == power or any(dim % m == 0 and _is_power_of_two(dim // m) for m in (12, 20, 28)):
+        return dim
+    return power
+
+
 def rotation_divisor(dim: int) -> float:
-    """A power of two near √dim: rotated numbers are divided by it, which costs no accuracy in 16 bits.
+    """A power of two near √n: rotated numbers are divided by it, which costs no accuracy in 16 bits.
 
     The rest of the normalisation goes into the scale of the attention scores, which is float32.
     """
-    return float(2 ** round(math.log2(dim) / 2))
+    return float(2 ** round(math.log2(rotation_order(dim)) / 2))
 
 
 @functools.cache
 def hadamard_matrix(dim: int) -> mx.array:
-    """Matrix S of entries ±1 and 0 with S·Sᵀ = dim' · I, float32 (dim, dim); evaluated.
+    """Matrix S of entries ±1 and 0 with S·Sᵀ = n · I, float32 (dim, dim); evaluated.
 
     A Sylvester-Hadamard matrix where ``dim`` is a power of two; otherwise the orders 12, 20 and 28 times a
-    power of two that MLX knows; otherwise blocks of the largest power of two that divides ``dim``, scaled so
-    that S·Sᵀ = dim · I all the same.
+    power of two that MLX knows; otherwise blocks of the largest power of two that divides ``dim``. Entries
+    are exact in 16 bits.
     """
-    odd = dim // (dim & -dim)
-    if odd == 1 or any(dim % m == 0 and _is_power_of_two(dim // m) for m in (12, 20, 28)):
-        signs = mx.hadamard_transform(mx.eye(dim), scale=1.0, stream=mx.cpu)
-    else:
-        block = dim & -dim
-        small = mx.hadamard_transform(mx.eye(block), scale=math.sqrt(dim / block), stream=mx.cpu)
-        blocks = [mx.pad(small, [(0, 0), (i * block, dim - (i + 1) * block)]) for i in range(dim // block)]
-        signs = mx.concatenate(blocks)
+    order = rotation_order(dim)
+    block = mx.hadamard_transform(mx.eye(order, stream=mx.cpu), scale=1.0, stream=mx.cpu)
+    signs = mx.kron(mx.eye(dim // order, stream=mx.cpu), block, stream=mx.cpu)
     mx.eval(signs)
     return signs
 

@@ -60,8 +60,8 @@ class ExactEnds:
             limit = self.recent + self.hold
             held = self.last_arrays or [array[..., :0, :] for array in new]
             self.last_arrays = [
-                mx.contiguous(mx.concatenate(pair, axis=2)[..., -limit:, :])
-                for pair in zip(held, new, strict=True)
+                mx.contiguous(mx.concatenate([old, fresh], axis=2)[..., -limit:, :])
+                for old, fresh in zip(held, new, strict=True)
             ]
         if self.first and not (isinstance(position, int) and position >= self.first):
             self._note_first(new, mx.array(position).reshape(-1))
@@ -89,6 +89,26 @@ class ExactEnds:
             kept = max(0, self.last_arrays[0].shape[2] - count)
             self.last_arrays = [array[..., :kept, :] for array in self.last_arrays]
 
+    def fill(self, store: Store) -> None:
+        """Take last tokens that :meth:`trim` forgot from the packed columns, so that rows can be shifted."""
+        count = min(self.recent, store.used)
+        held = self.last_arrays[0].shape[2] if self.last_arrays else 0
+        if held >= count:
+            return
+        older = [array[..., : count - held, :] for array in self._packed_last(store, count)]
+        self.last_arrays = (
+            [mx.concatenate([old, array], axis=2) for old, array in zip(older, self.last_arrays, strict=True)]
+            if self.last_arrays
+            else older
+        )
+
+    @staticmethod
+    def _packed_last(store: Store, count: int) -> list[mx.array]:
+        """The last columns of keys and of values, unpacked."""
+        keys, values = store.view(0, count)
+        unpacked = [store.layout.key.unpack(keys), store.layout.value.unpack(values)]
+        return [array[..., :count, :] for array in unpacked]
+
     def roll(self, shifts: mx.array) -> None:
         """Follow rows that were shifted right by (B,) columns."""
         if self.last_arrays and self.last_arrays[0].shape[2]:
@@ -115,10 +135,9 @@ class ExactEnds:
             pieces: Each with the rows it holds.
             store: All rows joined; tokens that a piece no longer has exactly are taken from there.
         """
-        layout, joined = store.layout, store.parts[0].shape[0]
+        joined = store.parts[0].shape[0]
         count = min(self.recent, store.used)
-        keys, values = store.view(0, count) if count else ([], [])
-        last = [layout.key.unpack(keys), layout.value.unpack(values)] if count else []
+        last = self._packed_last(store, count) if count else []
         first = [
             mx.zeros((joined, array.shape[1], self.first, array.shape[3]), array.dtype)
             for array in next((ends.first_arrays for ends, _ in pieces if ends.first_arrays), [])
@@ -132,8 +151,7 @@ class ExactEnds:
             for whole, piece in zip(first, ends.first_arrays, strict=False):
                 whole[row : row + rows] = piece
             row += rows
-        self.last_arrays = [array[..., :count, :] for array in last]
-        self.first_arrays = first
+        self.last_arrays, self.first_arrays = last, first
 
     def exact(self, columns: int, offset: int) -> tuple[Exact, Exact] | None:
         """Exact keys and values of a view of ``columns`` columns, no row padded."""

@@ -100,8 +100,8 @@ def _observe(model: nn.Module, max_kv_size: int | None) -> CacheMap:
             run_lazily(model, spies)
     except Exception as error:
         raise UnsupportedModel(
-            f"{type(model).__module__}: the model does not run on a few tokens with its own caches ({error}); "
-            "nothing can be said about its KV cache"
+            f"{type(model).__module__}: the model does not run on a few tokens with its own caches "
+            f"({error}); nothing can be said about its KV cache"
         ) from error
     sites = tuple(notes.site(where, cache) for where, cache in _spied(spies) if where in notes.shapes)
     refused = tuple(
@@ -156,7 +156,7 @@ def _spy(cache: Any, notes: _Notes, where: tuple[int, int | None]) -> Any | None
             return super().update_and_fetch(keys, values)
 
     spy = Spy.__new__(Spy)
-    vars(spy).update(vars(cache))
+    spy.__dict__.update(cache.__dict__)
     return spy
 
 

@@ -50,6 +50,15 @@ class Layout:
         """Layouts never change: copies of a cache share theirs."""
         return self
 
+    @functools.cached_property
+    def joinable(self) -> "Layout":
+        """The same for rows of a batch, where leading tokens slide out like all others (as in mlx-lm)."""
+        if not self.first_kept:
+            return self
+        return Layout(
+            self.key, self.value, window=self.window, recent=self.recent, first=self.first, dense=self.dense
+        )
+
     @property
     def slack(self) -> int:
         """Columns that a sliding cache holds beyond its window before it drops any (an eighth of it)."""
@@ -151,14 +160,18 @@ class Store:
         room = [mx.zeros((*new.shape[:2], capacity - self.used, new.shape[3]), new.dtype) for new in like]
         if self.used:
             held = [part[..., : self.used, :] for part in self.parts]
-            room = [mx.concatenate(pair, axis=2) for pair in zip(held, room, strict=True)]
+            room = [mx.concatenate([old, new], axis=2) for old, new in zip(held, room, strict=True)]
         self.parts = room
 
 
-@functools.cache
 def kernel_tile() -> int:
     """Columns whose multiple the back end's quantized kernels take: 64 on CUDA, 1 elsewhere."""
-    return 64 if mx.cuda.is_available() and mx.default_device() == mx.gpu else 1
+    return 64 if _has_cuda() and mx.default_device() == mx.gpu else 1
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return mx.cuda.is_available()
 
 
 def roll_columns(part: mx.array, shifts: mx.array, used: int) -> mx.array:

@@ -62,9 +62,9 @@ class Stored:
         """4."""
         return 4
 
-    def numbers(self) -> mx.array:
-        """The tensor in stored coordinates, exact columns put in; lazy (B, H, S, D)."""
-        x = self.codec.unpack(self.parts)[..., : self.columns, :]
+    def numbers(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """The tensor in stored coordinates, exact columns put in, in ``dtype`` or as it went in; lazy."""
+        x = self.codec.unpack(self.parts, dtype)[..., : self.columns, :]
         if self.exact is None or not self.codec.is_packed:
             return x
         batch, heads, columns, dim = x.shape
