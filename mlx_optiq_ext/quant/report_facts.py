@@ -69,7 +69,7 @@ def prediction_text(divergence: float, table: SensitivityTable | None) -> str:
     if check is None:
         return text
     about = f"{check.ratio * divergence:#.2g}".rstrip(".")
-    return f"{text}; {check.num_probes} exact probes say ×{check.ratio:.2f}, so about {about}"
+    return f"{text}; {check.num_probes} exact single-tensor probes say ×{check.ratio:.2f}: about {about}"
 
 
 def _table_facts(table: SensitivityTable) -> list[tuple[str, str]]:

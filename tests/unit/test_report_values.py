@@ -123,7 +123,7 @@ def test_predictions_have_no_interval_and_tell_what_probes_say() -> None:
     table = replace(table, probe_check=ProbeCheck(num_probes=24, ratio=2.56, low=1.7, high=4.1))
     report = build_report("m", table=table, allocation=allocation, score=make_score())
     facts = dict(report.facts)
-    assert facts["predicted KL"] == f"{plain}; 24 exact probes say ×2.56, so about 0.72"
+    assert facts["predicted KL"] == f"{plain}; 24 exact single-tensor probes say ×2.56: about 0.72"
     assert facts["measured KL"] == "0.135 ± 0.011 nats/token on 2048 held-out tokens"
     assert list(facts).index("measured KL") < list(facts).index("predicted KL")
     assert report.curve is not None
