@@ -13,26 +13,18 @@ from mlx_optiq_ext.errors import FingerprintMismatch
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.models.walk import total_numel
-from mlx_optiq_ext.quant.reference import Reference, parse_candidates
+from mlx_optiq_ext.quant.reference import Reference
+from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.options import MeasureOptions
-from mlx_optiq_ext.types.quant import CalibrationInfo, Probe, SensitivityTable, Unit
+from mlx_optiq_ext.types.quant import Probe, SensitivityTable, Unit
 
 __all__ = ["outline_table", "read_table"]
-
-_NO_CALIBRATION = CalibrationInfo(source="none", sha256="", num_tokens=0, num_windows=0, domains=())
 
 
 def outline_table(reference: Reference, options: MeasureOptions) -> SensitivityTable:
     """What will be measured, with values by shape in place of measured ones; reads no weights."""
-    units = reference.units(parse_candidates(options))
-    float_bits = reference.stored_dtype.size * 8
-    return SensitivityTable(
-        model=fingerprint(reference.ref), method="static", reference="none", correction="none",
-        calibration=_NO_CALIBRATION, domains=(), units=units, probes=static_probes(units),
-        total_numel=total_numel(reference.model),
-        fixed_bits=reference.fixed_bits(units), float_bits=float_bits,
-    )  # fmt: skip
+    return measure_sensitivity(reference.ref, replace(options, method="static"), reference=reference)
 
 
 def read_table(file: Path, reference: Reference) -> SensitivityTable:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_optiq_ext.errors import MeasurementError
 from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.measure.divergence import kl_divergence
 from mlx_optiq_ext.models.tape import Tape
@@ -22,8 +23,15 @@ from mlx_optiq_ext.types.progress import Progress, ProgressSink
 from mlx_optiq_ext.types.quant import Choice, Probe, ProbeCheck, Unit
 
 __all__ = [
-    "Prober", "Rounding", "check_estimates", "check_note", "probe_every_choice", "replaced", "unit_gains"
-]  # fmt: skip
+    "Prober",
+    "Rounding",
+    "check_estimates",
+    "check_note",
+    "measured_probe",
+    "probe_every_choice",
+    "replaced",
+    "unit_gains",
+]
 
 _FIRST_LOOK = 24
 _CLOSE = 0.25
@@ -175,10 +183,29 @@ def probe_every_choice(
                     spent += prober.cost(unit)
             journal.add(unit.path, costs)
         for choice, values in zip(unit.choices, journal.costs[unit.path], strict=True):
-            empty = Probe(path=unit.path, choice=choice, divergence=0.0)
-            probes.append(_probe(empty, values, windows, prober.windows))
+            probes.append(measured_probe(unit.path, choice, values, windows, exact=True))
         progress(Progress(stage="probe", done=done + 1, total=len(rounding.units), detail=unit.path))
     return tuple(probes), spent
+
+
+def measured_probe(path: str, choice: Choice, values: Floats, windows: Windows, *, exact: bool) -> Probe:
+    """Mean over domains, and spread over windows, of one divergence per calibration window.
+
+    Args:
+        values: (W,) nats per token.
+        exact: Whether they were probed or estimated.
+    Raises:
+        MeasurementError: One of them is not finite.
+    """
+    if not np.all(np.isfinite(values)):
+        raise MeasurementError(f"{path} at {choice.label}: the measured divergence is not finite")
+    num_domains = len(windows.info.domains)
+    by_domain = tuple(float(values[windows.domain_index == d].mean()) for d in range(num_domains))
+    stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    return Probe(
+        path=path, choice=choice, divergence=float(np.mean(by_domain)), stderr=stderr, by_domain=by_domain,
+        exact=exact,
+    )  # fmt: skip
 
 
 def unit_gains(units: Sequence[Unit], journal: Journal) -> dict[tuple[str, Choice], float]:
@@ -225,16 +252,6 @@ def _log_ratio(exact: Floats, estimate: Probe, windows: Windows, used: Sequence[
     if exact.mean() <= 0 or expected <= 0:
         return []
     return [float(np.log(exact.mean() / expected))]
-
-
-def _probe(like: Probe, values: Floats, windows: Windows, used: Sequence[int]) -> Probe:
-    domains = windows.domain_index[list(used)]
-    by_domain = tuple(float(values[domains == d].mean()) for d in range(len(windows.info.domains)))
-    stderr = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return Probe(
-        path=like.path, choice=like.choice, divergence=float(np.mean(by_domain)), stderr=stderr,
-        by_domain=by_domain, exact=True,
-    )  # fmt: skip
 
 
 def _one_window_per_domain(windows: Windows) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
-from mlx_optiq_ext.errors import MeasurementError, UsageError
+from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
 from mlx_optiq_ext.measure.fisher import fisher_pass
@@ -25,7 +25,14 @@ from mlx_optiq_ext.models.walk import get_module, total_numel
 from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.errors_of import Floats, divergence_of_choices, divergence_of_head_choices
 from mlx_optiq_ext.quant.journal import Journal, journal_key
-from mlx_optiq_ext.quant.probe import Rounding, check_estimates, check_note, probe_every_choice, unit_gains
+from mlx_optiq_ext.quant.probe import (
+    Rounding,
+    check_estimates,
+    check_note,
+    measured_probe,
+    probe_every_choice,
+    unit_gains,
+)
 from mlx_optiq_ext.quant.reference import Reference, open_reference, parse_candidates
 from mlx_optiq_ext.quant.static import static_probes
 from mlx_optiq_ext.types.model import ModelRef
@@ -226,28 +233,18 @@ def _outside(
 
 def _probes(run: _Run, costs: Mapping[str, Floats]) -> tuple[Probe, ...]:
     """Sum the costs of a unit's paths and average them over windows, per domain and in all."""
-    domain_of = run.windows.domain_index
-    num_domains = len(run.windows.info.domains)
+    num_windows = len(run.windows.domain_index)
     probes: list[Probe] = []
     for unit in run.units:
         found = [costs[path] for path in unit.paths if path in costs]
         if not found:
             continue
         total = np.sum(found, axis=0)
-        total = np.broadcast_to(total, (total.shape[0], len(domain_of)))
-        for choice, values in zip(unit.choices, total, strict=True):
-            if not np.all(np.isfinite(values)):
-                raise MeasurementError(f"{unit.path} at {choice.label}: the estimate is not finite")
-            by_domain = tuple(float(values[domain_of == d].mean()) for d in range(num_domains))
-            probes.append(
-                Probe(
-                    path=unit.path,
-                    choice=choice,
-                    divergence=float(np.mean(by_domain)),
-                    stderr=float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0,
-                    by_domain=by_domain,
-                )
-            )
+        total = np.broadcast_to(total, (total.shape[0], num_windows))
+        probes += [
+            measured_probe(unit.path, choice, values, run.windows, exact=False)
+            for choice, values in zip(unit.choices, total, strict=True)
+        ]
     return tuple(probes)
 
 
