@@ -44,8 +44,7 @@ class Console:
         self._err = err
         self._clock = clock
         self._stage = ""
-        self._first_done = 0
-        self._started = 0.0
+        self._pace = _Pace(0, 0, 0.0)
         self._drawn = -_PLAIN_LINE_S
         self._line_open = False
 
@@ -68,9 +67,12 @@ class Console:
         """Draw one event: pass this method as the ``ProgressSink`` of a long job."""
         now = self._clock()
         starts = event.stage != self._stage
+        if event.note:
+            self.note(event.note)
         if starts:
             self._end_line()
-            self._stage, self._first_done, self._started = event.stage, event.done, now
+            self._stage, self._pace = event.stage, _Pace(event.done, event.replayed, now)
+        self._pace.advance(event, now)
         if self._quiet:
             return
         ends = event.done >= event.total
@@ -119,15 +121,44 @@ class Console:
         share = min(max(event.done / total, 0.0), 1.0)
         bar = "█" * round(share * _BAR) + "░" * (_BAR - round(share * _BAR))
         parts = [f"{event.stage:<10s} {bar} {event.done}/{event.total}"]
-        elapsed, advanced = now - self._started, event.done - self._first_done
+        rate = self._pace.per_second
         if event.done >= event.total:
-            parts.append(f"{format_duration(elapsed)}")
-        elif advanced > 0 and elapsed > 1.0:
-            rate = advanced / elapsed
+            parts.append(f"{format_duration(now - self._pace.started)}")
+        elif rate > 0:
             parts.append(f"{rate:.1f}/s, {format_duration((event.total - event.done) / rate)} left")
         if event.detail:
             parts.append(event.detail)
         return "  ".join(parts)
+
+
+class _Pace:
+    """How fast a stage goes, from what was worked on and not from what an earlier run had finished.
+
+    Args:
+        done: Count of the stage's first event.
+        replayed: How many of them were replayed.
+        now: When it came.
+    """
+
+    def __init__(self, done: int, replayed: int, now: float) -> None:
+        self.started = now
+        self._last = (done, replayed, now)
+        self._worked_s = 0.0
+        self._worked = 0
+
+    def advance(self, event: Progress, now: float) -> None:
+        """Count the step to ``event``; one that was replayed leaves its time out too."""
+        done, replayed, then = self._last
+        self._last = (event.done, event.replayed, now)
+        fresh = (event.done - done) - (event.replayed - replayed)
+        if event.replayed == replayed or fresh > 0:
+            self._worked_s += now - then
+            self._worked += max(fresh, 0)
+
+    @property
+    def per_second(self) -> float:
+        """Steps per second; 0 as long as too little was seen."""
+        return self._worked / self._worked_s if self._worked > 0 and self._worked_s > 1.0 else 0.0
 
 
 def format_duration(seconds: float) -> str:

@@ -23,11 +23,11 @@ import msgspec
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.blas import preload_blas
 from mlx_optiq_ext.errors import OptiqError, UsageError
+from mlx_optiq_ext.stop import clean_stop, exit_code
 
 __all__ = ["COMMANDS", "Command", "HelpFormatter", "command_parser", "main", "summary"]
 
 _EXIT_UNEXPECTED = 1
-_EXIT_INTERRUPTED = 130
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +52,7 @@ COMMANDS: dict[str, Command] = {
         Command(name="convert", needs_mlx=True, resumes=True),
         Command(name="measure", needs_mlx=True, resumes=True),
         Command(name="allocate"),
+        Command(name="kv-cache", needs_mlx=True, resumes=True),
         Command(name="score", needs_mlx=True),
         Command(name="report"),
         Command(name="import-gguf"),
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program name; None takes them from ``sys.argv``.
     Returns:
         0 on success, else the ``exit_code`` of the error (see :mod:`mlx_optiq_ext.errors`), 1 for an
-        unexpected error, 130 after an interrupt.
+        unexpected error, 130 after an interrupt, 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS.get(words[0]) if words else None
@@ -82,17 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command is None:
             return _top_level(words)
-        return _run(command, words[1:])
+        with clean_stop():
+            return _run(command, words[1:])
     except OptiqError as error:
         _report(error, error.exit_code, wants_json)
         return error.exit_code
-    except KeyboardInterrupt:
-        resumable = command is not None and command.resumes
-        hint = (
-            "run the same command again to go on from here" if resumable else "nothing was left half-written"
-        )
-        print(f"\noptiq: stopped; {hint}", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        print(f"\noptiq: stopped; {_what_now(stop, command)}", file=sys.stderr)
+        return exit_code(stop)
     except BrokenPipeError:
         # The reader of our output went away; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -168,6 +166,16 @@ def _usage(parser: argparse.ArgumentParser) -> str:
         elif action.required:
             words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
     return " ".join([*words, "[options]"])
+
+
+def _what_now(stop: KeyboardInterrupt, command: Command | None) -> str:
+    """What the stopped command says of itself (its exception's notes), else whether it can go on."""
+    said = getattr(stop, "__notes__", ())
+    if said:
+        return "; ".join(said)
+    if command is not None and command.resumes:
+        return "run the same command again to go on from here"
+    return "nothing was left half-written"
 
 
 def _top_level(words: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from mlx_optiq_ext.quant.reference import parse_candidates
 from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, MeasureOptions
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
 
-__all__ = ["calibration_notes", "check_given", "given_allocation", "restrict_candidates"]
+__all__ = ["calibration_notes", "check_given", "given_allocation", "match_correction", "restrict_candidates"]
 
 _ONLY_MEASURING = ("method", "probes", "seed", "label_samples")
 _CANDIDATES = ("candidate_bits", "candidate_groups")
@@ -59,6 +59,33 @@ def given_allocation(file: Path, table: SensitivityTable) -> Allocation:
     given = read_allocation(file)
     held = tuple(pin for pin in given.pins if given.bit_map.choices.get(pin.path) == pin.choice)
     return replace(price_bit_map(table, given.bit_map), pins=held, budget=f"--allocation {file.name}")
+
+
+def match_correction(
+    table: SensitivityTable, options: ConvertOptions, given: Collection[str]
+) -> ConvertOptions:
+    """The options with the correction that the table's errors were measured with.
+
+    Bits chosen for one way of rounding and written with another can be worse than uniform ones. A sweep
+    (``kl``), a published file and the static rule say nothing of the correction; they leave it open.
+
+    Args:
+        table: Read from the user's file.
+        options: Of the conversion.
+        given: Names of the options that were set, where that is known.
+    Raises:
+        UsageError: The user set another correction.
+    """
+    wanted = options.measure.correction
+    if table.method != "fisher" or table.correction == wanted:
+        return options
+    if "correction" in given or wanted != MeasureOptions().correction:
+        raise UsageError(
+            f"{options.sensitivity} was measured with --correction {table.correction}, not with "
+            f"--correction {wanted}: bits chosen for one way of rounding can do worse than uniform ones with "
+            f"another; leave --correction out, or measure with `optiq measure MODEL --correction {wanted}`"
+        )
+    return replace(options, measure=replace(options.measure, correction=table.correction))
 
 
 def restrict_candidates(

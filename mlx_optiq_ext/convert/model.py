@@ -20,6 +20,7 @@ from mlx_optiq_ext.convert.given import (
     calibration_notes,
     check_given,
     given_allocation,
+    match_correction,
     restrict_candidates,
 )
 from mlx_optiq_ext.convert.rewrite import Rewriter
@@ -60,6 +61,8 @@ class _Checked(NamedTuple):
     reference: Reference
     given: SensitivityTable | None
     """The user's own sensitivity file."""
+    options: ConvertOptions
+    """With the correction of that file."""
 
 
 class ConversionResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +102,7 @@ def convert_model(
         options: How to measure and what to spend: exactly one target, or a bit map file.
         out: Folder to make; must not exist.
         given: Names of the options that the user set, where that is known: with a sensitivity file those
-            that only a measurement would obey are refused, and candidates choose from the file.
+            that only a measurement would obey or that contradict it are refused; candidates choose from it.
         progress: Stages ``forward``, ``measure``, ``probe``, ``write``, ``score``.
     Raises:
         OutputExists, BudgetInfeasible, UsageError, ModelError, ResourceError: Before any long work.
@@ -109,7 +112,7 @@ def convert_model(
     """
     started = time.monotonic()
     mx.reset_peak_memory()
-    reference, given_table = _check(ref, options, out, given)
+    reference, given_table, options = _check(ref, options, out, given)
     table = given_table or measure_sensitivity(
         ref, options.measure, journal_file=work_folder(out) / _JOURNAL, progress=progress, reference=reference
     )
@@ -137,6 +140,7 @@ def convert_model(
         _describe(ref, table, options, folder, result)
     _clear_work(out)
     if stopped is not None:
+        stopped.add_note(f"{out} is complete but not scored; `optiq score {ref.source} {out}` does that")
         raise stopped
     if options.upload_repo:
         upload_folder(out, options.upload_repo, progress=progress)
@@ -161,12 +165,13 @@ def _check(ref: ModelRef, options: ConvertOptions, out: Path, names: Collection[
     _set_dtype(reference, options)
     given = read_table(Path(options.sensitivity), reference) if options.sensitivity else None
     if given is not None:
+        options = match_correction(given, options, names)
         given = restrict_candidates(given, options.measure, names)
     allocation = _allocate(given or outline_table(reference, options.measure), options, reference)
     check_disk_space(out.absolute().parent, allocation.nbytes)
     if _level(options) != "none":
         _rewrite_windows(reference, options)
-    return _Checked(reference, given)
+    return _Checked(reference, given, options)
 
 
 def _set_dtype(reference: Reference, options: ConvertOptions) -> None:

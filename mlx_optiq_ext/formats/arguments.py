@@ -17,6 +17,14 @@ from mlx_optiq_ext.errors import UsageError
 __all__ = ["add_options", "flag_name", "given_options", "option_names", "options_from"]
 
 _S = TypeVar("_S", bound=msgspec.Struct)
+_METAVARS = {
+    **dict.fromkeys(("allocation", "calibration", "held_out", "out", "sensitivity"), "FILE"),
+    "candidate_bits": "CHOICES",
+    "fit": "SIZE",
+    "pin": "PATTERN=CHOICE",
+    "uniform": "CHOICES",
+}
+"""What stands for a value in the help, where the last word of the name would not say it."""
 
 
 class _Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +149,30 @@ def _description(annotation: Any) -> str:
     return next(filter(None, map(_description, typing.get_args(annotation))), "")
 
 
+def _wanted(option: _Option) -> str:
+    """What an option takes, for people."""
+    kind = option.kind
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if kind not in (int, float):
+        return {bool: "yes or no (True or False)", str: "a text"}.get(kind, "a list of texts")
+    bounds = [
+        f"{words} {bound:g}"
+        for meta in _metas(option.annotation)
+        for words, bound in (("above", meta.gt), ("at least", meta.ge), ("at most", meta.le))
+        if bound is not None
+    ]
+    number = "a whole number" if kind is int else "a number"
+    return f"{number} ({', '.join(bounds)})" if bounds else number
+
+
+def _metas(annotation: Any) -> Iterator[msgspec.Meta]:
+    if isinstance(annotation, msgspec.Meta):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _metas(part)
+
+
 def _help(option: _Option, prefix: str) -> str:
     # Descriptions name other flags without the prefix.
     text = option.description.replace("--", f"--{prefix}")
@@ -153,7 +185,7 @@ def _help(option: _Option, prefix: str) -> str:
 
 def _argparse_keywords(option: _Option) -> dict[str, Any]:
     kind = option.kind
-    metavar = option.name.rpartition("_")[2].upper()
+    metavar = _METAVARS.get(option.name, option.name.rpartition("_")[2].upper())
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kind) is typing.Literal:
@@ -169,8 +201,8 @@ def _parser_of(option: _Option) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             return _convert(option, text)
-        except msgspec.ValidationError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} will not do: {error}") from None
+        except msgspec.ValidationError:
+            raise argparse.ArgumentTypeError(f"{text!r} will not do, it takes {_wanted(option)}") from None
 
     return parse
 
@@ -178,8 +210,9 @@ def _parser_of(option: _Option) -> Callable[[str], Any]:
 def _checked(option: _Option, value: Any, prefix: str) -> Any:
     try:
         return _convert(option, value)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{flag_name(option.name, prefix=prefix)}: {value!r} will not do: {error}") from None
+    except msgspec.ValidationError:
+        flag = flag_name(option.name, prefix=prefix)
+        raise UsageError(f"{flag}: {value!r} will not do, it takes {_wanted(option)}") from None
 
 
 def _convert(option: _Option, value: Any) -> Any:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ __all__ = [
     "incomplete_path",
     "require_absent",
     "require_absent_file",
+    "require_writable",
     "write_bytes_atomic",
     "write_json_atomic",
 ]
@@ -69,7 +71,13 @@ def require_absent(out: Path) -> None:
 
     Raises:
         OutputExists: Something is there, be it an empty folder.
+        UsageError: Nothing can be written there.
     """
+    _refuse_taken(out)
+    require_writable(out)
+
+
+def _refuse_taken(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise OutputExists(f"output {out} already exists; remove it or choose another with -o")
 
@@ -82,13 +90,34 @@ def require_absent_file(out: Path, *, force: bool = False) -> None:
         force: The user allows it to be replaced.
     Raises:
         OutputExists: Something is there; a folder also with ``force``.
+        UsageError: Nothing can be written there.
     """
+    require_writable(out)
     if out.is_dir():
         raise OutputExists(f"output {out} is a folder; give a file name with -o")
     if not force and (out.exists() or out.is_symlink()):
         raise OutputExists(
             f"output {out} already exists; add --force to replace it, or choose another with -o"
         )
+
+
+def require_writable(out: Path) -> None:
+    """Refuse an output that could not be written, by writing where it, or its first new folder, will be.
+
+    Args:
+        out: File or folder that will be made, along with missing folders above it.
+    Raises:
+        UsageError: Says which folder does not take it.
+    """
+    folder = _nearest_existing(out.absolute().parent)
+    try:
+        probe = tempfile.mkdtemp(prefix=".optiq-", dir=folder)
+        os.rmdir(probe)
+    except OSError as error:
+        reason = error.strerror if folder.is_dir() else "not a folder"
+        raise UsageError(
+            f"cannot write {out}: {folder} takes no new files ({reason}); choose another output"
+        ) from error
 
 
 def check_disk_space(folder: Path, needed_nbytes: int) -> int:
@@ -99,16 +128,19 @@ def check_disk_space(folder: Path, needed_nbytes: int) -> int:
     Raises:
         ResourceError: They do not fit; names what is needed and what is free.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_nearest_existing(folder.absolute())).free
     if needed_nbytes > free:
         raise ResourceError(
             f"not enough disk space for {folder}: needs {needed_nbytes / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB free; free some or choose an output on another disk"
         )
     return free
+
+
+def _nearest_existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def incomplete_path(out: Path) -> Path:
@@ -157,7 +189,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     try:
         yield working
         _sync_folder(working)
-        require_absent(out)
+        _refuse_taken(out)
         working.rename(out)
     except VerificationError as error:
         _keep_incomplete(working, incomplete_path(out), str(error))

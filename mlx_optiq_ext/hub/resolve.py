@@ -63,7 +63,7 @@ def check_model_folder(folder: Path) -> None:
     """Make sure that a folder holds config.json and every weight file it names.
 
     Raises:
-        ModelNotFound: Something is missing; says what, and what would work.
+        ModelNotFound: Something is missing or unreadable; says what, and what would work.
     """
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
@@ -72,6 +72,7 @@ def check_model_folder(folder: Path) -> None:
                 f"{folder} holds GGUF files; use DIR of `optiq import-gguf {ggufs[0]} -o DIR`"
             )
         raise ModelNotFound(f"{folder} has no config.json; give the folder of a Hugging Face or MLX model")
+    _require_json_object(folder / "config.json")
     if not any(folder.glob("model*.safetensors")):
         raise ModelNotFound(f"{folder} has no model*.safetensors; {_weights_hint(folder)}")
     missing = _missing_shards(folder)
@@ -80,6 +81,15 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} lacks {len(missing)} of its weight files, {missing[0]} among them; download it again"
             " to complete it"
         )
+
+
+def _require_json_object(file: Path) -> None:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{file} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ModelNotFound(f"{file} is no JSON object but a {type(content).__name__}; download it again")
 
 
 def _weights_hint(folder: Path) -> str:

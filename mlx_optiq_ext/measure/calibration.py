@@ -63,7 +63,9 @@ def load_windows(
     """
     wanted = num_tokens // window
     if wanted < 1:
-        raise UsageError(f"{num_tokens} tokens are less than one window of {window}; raise num_tokens")
+        raise UsageError(
+            f"{num_tokens} tokens are less than one window of {window}; raise --num-tokens or lower --window"
+        )
     records = read_records(source, split)
     rendered = [render_record(tokenizer, record) for record in records]
     domains = tuple(dict.fromkeys(record.domain for record in records))

@@ -36,7 +36,7 @@ def read_records(source: str | None, split: Split) -> tuple[Record, ...]:
 
     Args:
         source: Path of the user's file; None for the text shipped with this package.
-        split: Which of the two shipped files; ignored where ``source`` is given.
+        split: Which of the two shipped files; of the user's file what it is for, in messages.
     Returns:
         Records in file order, at least one.
     Raises:
@@ -50,7 +50,10 @@ def read_records(source: str | None, split: Split) -> tuple[Record, ...]:
         try:
             content = Path(source).expanduser().read_bytes()
         except OSError as error:
-            raise UsageError(f"calibration file {source} cannot be read: {error.strerror}") from error
+            flag = f"--{split.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} {source} cannot be read: {error.strerror}; give a JSONL file, or leave {flag} out"
+            ) from error
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     records = tuple(_parse_line(line, name, number) for number, line in enumerate(lines, 1) if line.strip())
     if not records:

@@ -48,13 +48,24 @@ def load_model(ref: ModelRef, *, trust_remote_code: bool = False) -> tuple[nn.Mo
             f"{ref.source}: {error}; the folder needs config.json and model*.safetensors"
         ) from error
     except RuntimeError as error:  # what mlx raises for a file it cannot read
-        raise ModelError(f"{ref.source}: {error}; download the model again") from error
+        named = _unreadable(Path(ref.path)) or ref.source
+        raise ModelError(f"{named}: {error}; download the model again") from error
     except (ValueError, KeyError, AttributeError, TypeError, ModuleNotFoundError, SystemExit) as error:
         raise UnsupportedModel(
             f"{ref.source}: mlx-lm cannot build this model ({type(error).__name__}: {error}); "
             "check that `mlx_lm.generate` runs it, or update mlx-lm"
         ) from error
     return model, config
+
+
+def _unreadable(folder: Path) -> str:
+    """The first weight file whose header cannot be read; empty where all can."""
+    for file in sorted(folder.glob("model*.safetensors")):
+        try:
+            mx.load(str(file))
+        except RuntimeError:
+            return str(file)
+    return ""
 
 
 def load_tokenizer(ref: ModelRef, *, trust_remote_code: bool = False) -> TokenizerWrapper:

@@ -42,6 +42,9 @@ class StderrProgress:
     def __call__(self, progress: Progress) -> None:
         """Draw one event."""
         now = time.monotonic()
+        if progress.note:
+            self._end_line()
+            self._stream.write(f"[optiq] {progress.note}\n")
         is_new = progress.stage != self._stage
         is_last = progress.done >= progress.total
         pause = _REDRAW_S if self._is_terminal else _LOG_S

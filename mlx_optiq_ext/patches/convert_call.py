@@ -4,8 +4,9 @@ Knows the parameters of ``mlx_lm.convert.convert``; imports mlx only to run. Cal
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import msgspec
 
 from mlx_optiq_ext.errors import OutputExists, UsageError
 from mlx_optiq_ext.formats.arguments import option_names, options_from
+from mlx_optiq_ext.formats.atomic import require_writable
+from mlx_optiq_ext.stop import clean_stop
 from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.quant import Choice
 
@@ -55,6 +58,7 @@ def convert_call(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> ConvertCa
         raise UsageError("no model given; name a folder or Hub repository with --hf-path")
     if Path(stock["mlx_path"]).exists():
         raise OutputExists(f"{stock['mlx_path']} exists already; remove it or choose another --mlx-path")
+    require_writable(Path(stock["mlx_path"]))
     if stock["dequantize"]:
         raise UsageError("--dequantize and --quant-predicate optiq contradict each other; give one")
     if stock["q_mode"] != "affine":
@@ -83,7 +87,7 @@ def run_call(call: ConvertCall) -> None:
     from mlx_optiq_ext.patches.console import StderrProgress
 
     measure = call.options.measure
-    with StderrProgress() as progress:
+    with clean_stop(), _resumable(), StderrProgress() as progress:
         reference = resolve_model(
             call.source, measure.revision, progress, trust_remote_code=measure.trust_remote_code
         )
@@ -91,6 +95,17 @@ def run_call(call: ConvertCall) -> None:
     for note in result.notes:
         print(f"[WARNING] {note}", file=sys.stderr)
     print(f"[INFO] Wrote {call.out} with {result.allocation.achieved_bpw:.3f} bits per weight.")
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Note on a stop that the conversion can go on, where it says nothing itself."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not getattr(stop, "__notes__", ()):
+            stop.add_note("run the same command again to go on from here")
+        raise
 
 
 def _merged(stock: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
-from mlx_optiq_ext.errors import OptiqError, OutputExists, PatchConflict
+from mlx_optiq_ext.errors import OptiqError, OutputExists, PatchConflict, UsageError
 from mlx_optiq_ext.patches.bindings import rebind, replace
 from mlx_optiq_ext.patches.patch import Patch, Undo, require_callable, require_list
+from mlx_optiq_ext.stop import exit_code
 
 __all__ = ["OPTION_PREFIX", "PATCH", "RECIPE"]
 
@@ -106,9 +107,17 @@ def _wrap_configure_parser(original: Any) -> Any:
             "Without a target: 5.0 stored bits per weight.",
         )
         add_options(group, ConvertOptions, prefix=OPTION_PREFIX)
+        parser.error = functools.partial(_refuse, parser, parser.error)  # type: ignore[method-assign]
         return parser
 
     return configure_parser
+
+
+def _refuse(parser: argparse.ArgumentParser, stock: Any, message: str) -> NoReturn:
+    """Answer a mistake in our options with the error alone; the usage of all of them would bury it."""
+    if f"--{OPTION_PREFIX}" not in message:
+        stock(message)
+    parser.exit(UsageError.exit_code, f"{parser.prog}: error: {message}\n")
 
 
 def _wrap_main(original: Any) -> Any:
@@ -119,6 +128,11 @@ def _wrap_main(original: Any) -> Any:
         except OptiqError as error:
             print(f"mlx_lm.convert: error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt as stop:
+            if not (said := getattr(stop, "__notes__", ())):  # not in our conversion
+                raise
+            print(f"\nmlx_lm.convert: stopped; {'; '.join(said)}", file=sys.stderr)
+            raise SystemExit(exit_code(stop)) from None
 
     return main
 

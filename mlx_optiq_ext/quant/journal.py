@@ -88,6 +88,8 @@ class Journal:
     def __init__(self, file: Path | None, costs: dict[str, Floats]) -> None:
         self._file = file
         self.costs = costs
+        self.resumed = frozenset(costs)
+        """Paths that an earlier run had measured."""
         self.gains: dict[str, Floats] = {}
         """Per path what the costs of each choice were multiplied by (C,); see ``errors_of.Costs``."""
 
@@ -126,6 +128,16 @@ class Journal:
         journal = cls(file, costs)
         journal.gains = gains
         return journal
+
+    def announcement(self, total: int) -> str:
+        """Say what an earlier run had measured, and where that is kept; empty where it was nothing.
+
+        Args:
+            total: Tensors that are measured in all.
+        """
+        if not self.resumed:
+            return ""
+        return f"resuming: {len(self.resumed)} of {total} tensors measured already, from {self._file}"
 
     def add(self, path: str, costs: Floats, gain: Floats | None = None) -> None:
         """Keep one finished unit.

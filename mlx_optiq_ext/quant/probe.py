@@ -173,8 +173,9 @@ def probe_every_choice(
     """The published sweep: one exact probe of every unit × choice, plain rounding, cached prefixes."""
     prober = Prober(tape, range(tape.num_windows))
     probes: list[Probe] = []
-    spent = 0.0
-    for done, unit in enumerate(rounding.units):
+    spent, replayed, total = 0.0, 0, len(rounding.units)
+    for done, unit in enumerate(rounding.units, start=1):
+        replayed += unit.path in journal.resumed
         if unit.path not in journal.costs:
             costs = np.zeros((len(unit.choices), tape.num_windows))
             for c, choice in enumerate(unit.choices):
@@ -184,7 +185,7 @@ def probe_every_choice(
             journal.add(unit.path, costs)
         for choice, values in zip(unit.choices, journal.costs[unit.path], strict=True):
             probes.append(measured_probe(unit.path, choice, values, windows, exact=True))
-        progress(Progress(stage="probe", done=done + 1, total=len(rounding.units), detail=unit.path))
+        progress(Progress(stage="probe", done=done, total=total, detail=unit.path, replayed=replayed))
     return tuple(probes), spent
 
 

@@ -98,11 +98,16 @@ def measure_sensitivity(
     )
     key = journal_key(fingerprint(ref), windows, options, str(reference.stored_dtype))
     journal = Journal.open(journal_file, key, resume=options.resume)
+    total = sum(len(unit.paths) for unit in units)
+    announcement = journal.announcement(total)
     finished = journal.finished(options.probes)
     if finished is not None:
+        progress(Progress(stage="measure", done=total, total=total, replayed=total, note=announcement))
         return finished
     tape = Tape(reference.model, mx.array(windows.tokens), reference.memory())
     num_blocks = len(tape.blocks)
+    if announcement:
+        progress(Progress(stage="forward", done=0, total=num_blocks, note=announcement))
     tape.forward(lambda done: progress(Progress(stage="forward", done=done, total=num_blocks)))
     run = _Run(reference, options, units, windows, tape, journal, progress)
     table = _table(run.reference, options, units, _sweep(run) if options.method == "kl" else _fisher(run))
@@ -162,12 +167,13 @@ def _estimate(run: _Run) -> _Estimate:
     coverage: list[str] = []
     importance: dict[str, mx.array] = {}
     lookups: dict[str, UnitStatistics] = {}
-    done = 0
+    done = replayed = 0
 
     def report(name: str) -> None:
-        nonlocal done
-        done += 1
-        run.progress(Progress(stage="measure", done=done, total=len(by_path), detail=name))
+        nonlocal done, replayed
+        done, replayed = done + 1, replayed + (name in run.journal.resumed)
+        total = len(by_path)
+        run.progress(Progress(stage="measure", done=done, total=total, detail=name, replayed=replayed))
 
     for block in fisher_pass(run.tape, samples=run.options.label_samples, seed=run.options.seed):
         for path, statistics in block.units.items():

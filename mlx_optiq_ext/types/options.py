@@ -105,7 +105,10 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     measure: MeasureOptions = MeasureOptions()
     allocate: AllocateOptions = AllocateOptions()
-    sensitivity: Annotated[str | None, _d("Use this sensitivity file instead of measuring.")] = None
+    sensitivity: Annotated[
+        str | None,
+        _d("Use this sensitivity file instead of measuring; the --correction is that of the file."),
+    ] = None
     allocation: Annotated[
         str | None,
         _d("Bit map of optiq allocate -o, edited or not, in place of a target; needs --sensitivity."),
@@ -140,7 +143,7 @@ class ReportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What optiq report writes."""
 
     format: Annotated[Literal["terminal", "html", "png"], _d("Where the pictures go.")] = "terminal"
-    out: Annotated[str | None, _d("File to write for html and png.")] = None
+    out: Annotated[str | None, _d("File to write for html and png; missing folders are made.")] = None
 
 
 class ImportGgufOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

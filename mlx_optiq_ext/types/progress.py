@@ -16,6 +16,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     done: int
     total: int
     detail: str = ""
+    replayed: int = 0
+    """How many of ``done`` an earlier run finished: they took no time, and say nothing of the time left."""
+    note: str = ""
+    """A line to show once and to keep, such as what is continued from where."""
 
 
 ProgressSink: TypeAlias = Callable[[Progress], None]

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_optiq_ext.errors import OutputExists, ResourceError, VerificationError
+from mlx_optiq_ext.errors import OutputExists, ResourceError, UsageError, VerificationError
 from mlx_optiq_ext.formats.atomic import (
     atomic_folder,
     check_disk_space,
     find_stale_folders,
     incomplete_path,
+    require_absent,
+    require_absent_file,
     write_bytes_atomic,
     write_json_atomic,
 )
@@ -37,6 +39,21 @@ def test_file_that_cannot_be_written_is_reported_with_its_path(tmp_path: Path) -
     (tmp_path / "taken").write_text("a file where a folder is needed")
     with pytest.raises(ResourceError, match=r"cannot write .*taken/a\.json"):
         write_bytes_atomic(tmp_path / "taken" / "a.json", b"")
+
+
+def test_an_output_that_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    for check in (require_absent, require_absent_file):
+        with pytest.raises(UsageError, match=r"cannot write .*/x: .*taken takes no new files \(not a folder"):
+            check(tmp_path / "taken" / "deep" / "x")
+    require_absent(tmp_path / "new" / "deep" / "x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_of_the_system_is_not_a_full_disk() -> None:
+    with pytest.raises(UsageError, match="/proc takes no new files"):
+        require_absent(Path("/proc/x"))
 
 
 def test_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:

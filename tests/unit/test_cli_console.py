@@ -43,6 +43,23 @@ def test_terminal_redraws_one_line_and_ends_it() -> None:
     assert "8 s" in frames[4]
 
 
+def test_work_of_an_earlier_run_is_announced_and_does_not_count_as_pace() -> None:
+    """80 replayed steps in a second, then 4 of 2 s each: 16 left take 32 s and not a few."""
+    err, clock = _Terminal(), _Clock()
+    console = Console(err=err, clock=clock)
+    note = "resuming: 80 of 100 tensors measured already, from .s.journal"
+    console.progress(Progress(stage="measure", done=0, total=100, note=note))
+    for done in range(1, 81):
+        clock.now += 1 / 80
+        console.progress(Progress(stage="measure", done=done, total=100, replayed=done))
+    assert "left" not in err.getvalue()
+    for done in range(81, 85):
+        clock.now += 2.0
+        console.progress(Progress(stage="measure", done=done, total=100, replayed=80))
+    assert err.getvalue().startswith(f"{note}\n")
+    assert "84/100  0.5/s, 32 s left" in err.getvalue()
+
+
 def test_terminal_is_not_redrawn_faster_than_ten_times_a_second() -> None:
     err, clock = _Terminal(), _Clock()
     _play(Console(err=err, clock=clock), clock, total=1000, step_s=0.001)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.cli import main as entry
 from mlx_optiq_ext.errors import BudgetInfeasible, ModelNotFound, ResourceError
+from mlx_optiq_ext.stop import clean_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,6 +124,45 @@ def test_interrupt_exits_130_and_says_what_now(install_command, capsys, resumes,
     install_command(_raising(KeyboardInterrupt()), resumes=resumes)
     assert entry.main(["allocate", "a.json"]) == 130
     assert hint in capsys.readouterr().err
+
+
+def test_a_stopped_command_may_say_itself_what_is_left_to_do(install_command, capsys) -> None:
+    stop = KeyboardInterrupt()
+    stop.add_note("out is complete but not scored; `optiq score m out` does that")
+    install_command(_raising(stop), resumes=True)
+    assert entry.main(["allocate", "a.json"]) == 130
+    err = capsys.readouterr().err
+    assert "out is complete but not scored; `optiq score m out` does that" in err
+    assert "same command again" not in err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_termination_signal_is_a_clean_stop(install_command, capsys, signum, code) -> None:
+    cleaned = []
+
+    def run(args) -> int:
+        try:
+            os.kill(os.getpid(), signum)
+            time.sleep(5)
+        finally:
+            cleaned.append(True)
+        return 0
+
+    install_command(run, resumes=True)
+    assert entry.main(["allocate", "a.json"]) == code
+    assert cleaned == [True]
+    assert "optiq: stopped; run the same command again" in capsys.readouterr().err
+    assert signal.getsignal(signum) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with clean_stop():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_command_that_is_not_installed_says_so(monkeypatch, capsys) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from support_measure import forbid_forward, quick_options, save_tiny, write_calibration
 from support_models import LLAMA, quantize_by, save_model_folder, tiny_model
 
@@ -13,7 +14,7 @@ from mlx_optiq_ext import errors
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.convert.model import convert_model, work_folder
 from mlx_optiq_ext.convert.table import read_table
-from mlx_optiq_ext.formats.sensitivity import write_sensitivity
+from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
 from mlx_optiq_ext.quant.reference import open_reference
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.types.model import ModelRef
@@ -216,6 +217,26 @@ def test_a_table_of_another_model(ref: ModelRef, text: Path, tmp_path: Path) -> 
     file = _table_file(save_tiny(tmp_path / "other", seed=9), tmp_path)
     with pytest.raises(errors.FingerprintMismatch, match="measure again with `optiq measure"):
         convert_model(ref, _given(text, file, 5.0), tmp_path / "out")
+
+
+def _measured_with(ref: ModelRef, folder: Path, correction: str) -> Path:
+    """A table as the fisher method would leave it; its values do not matter here."""
+    file = _table_file(ref, folder)
+    write_sensitivity(file, replace(read_sensitivity(file), method="fisher", correction=correction))
+    return file
+
+
+@pytest.mark.parametrize(("measured", "wanted"), [("full", "none"), ("none", "full"), ("fast", "full")])
+def test_another_correction_than_the_tables(
+    ref: ModelRef, text: Path, tmp_path: Path, measured: str, wanted: str
+) -> None:
+    file = _measured_with(ref, tmp_path, measured)
+    options = _given(text, file, 5.0, correction=wanted)
+    message = (
+        f"was measured with --correction {measured}, not with --correction {wanted}: .* leave --correction"
+    )
+    with pytest.raises(errors.UsageError, match=message):
+        convert_model(ref, options, tmp_path / "out", given=("sensitivity", "correction"))
 
 
 def test_a_file_that_is_no_table(ref: ModelRef, text: Path, tmp_path: Path) -> None:

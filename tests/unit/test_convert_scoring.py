@@ -56,8 +56,11 @@ def test_stopping_while_it_scores_leaves_a_complete_checkpoint(
 
     monkeypatch.setattr(scoring, "score", stop)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         convert_model(ref, _options(text), out)
+    assert stopped.value.__notes__ == [
+        f"{out} is complete but not scored; `optiq score {ref.source} {out}` does that"
+    ]
     assert "not scored: stopped by the user" in read_metadata(out).notes  # type: ignore[union-attr]
     assert (out / "README.md").is_file()
     assert not work_folder(out).exists()
@@ -93,12 +96,15 @@ def test_a_given_file_refuses_measuring_options_and_offers_only_its_candidates(
 ) -> None:
     convert_model(ref, _options(text), tmp_path / "first")
     words = ["convert", ref.path, "--target-bpw", "5", "--sensitivity", str(tmp_path / "first")]
-    words += ["-o", str(tmp_path / "out"), "--no-score", "--no-verify", "--correction", "none"]
+    words += ["-o", str(tmp_path / "out"), "--no-score", "--no-verify"]
     assert main([*words, "--probes", "8", "--method", "fisher"]) == 2
     assert "--method, --probes would have no effect" in capsys.readouterr().err
     assert main([*words, "--candidate-bits", "4,6"]) == 2
     assert "does not hold 6g64; measured are 2g64, 4g64, 8g64" in capsys.readouterr().err
+    assert main([*words, "--correction", "none"]) == 2
+    assert "was measured with --correction fast, not with --correction none" in capsys.readouterr().err
     assert main([*words, "--candidate-bits", "4,8"]) == 0
+    assert read_metadata(tmp_path / "out").allocation.correction == "fast", "that of the file"
     assert {c.label for c in read_metadata(tmp_path / "out").bit_map.choices.values()} <= {"4g64", "8g64"}
 
 

@@ -89,6 +89,19 @@ def test_unusable_folder_says_what_would_work(folder, removed, added, message):
         resolve_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": ', r"/config\.json cannot be read as JSON"),
+        ("[1]", r"/config\.json is no JSON object"),
+    ],
+)
+def test_damaged_config_is_named(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelNotFound, match=message):
+        resolve_model(str(folder))
+
+
 def test_damaged_weight_index_is_named(folder):
     (folder / "model.safetensors.index.json").write_text("[1]")
     with pytest.raises(ModelNotFound, match="is not a weight index"):

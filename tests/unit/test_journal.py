@@ -41,6 +41,18 @@ def test_units_come_back_in_a_second_run(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.costs["a.b"], COSTS)
 
 
+def test_what_is_continued_is_announced_with_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "journal"
+    first = Journal.open(file, "key", resume=True)
+    assert first.announcement(3) == ""
+    first.add("a", COSTS)
+    assert first.announcement(3) == ""
+    again = Journal.open(file, "key", resume=True)
+    again.add("b", COSTS)
+    where = journal_path(file, "key")
+    assert again.announcement(3) == f"resuming: 1 of 3 tensors measured already, from {where}"
+
+
 @pytest.mark.parametrize(("key", "resume"), [("other", True), ("key", False)])
 def test_another_key_or_no_resume_starts_anew(tmp_path: Path, key: str, resume: bool) -> None:
     file = tmp_path / "journal"

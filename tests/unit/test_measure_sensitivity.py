@@ -98,8 +98,10 @@ def test_a_stopped_measurement_goes_on_with_the_same_result(
     counted = _count_units(monkeypatch)
     journal = tmp_path / "journal"
     stops = 0
+    events: list[Progress] = []
 
     def stop_at_limit(progress: Progress) -> None:
+        events.append(progress)
         if progress.stage == "measure" and counted[0] >= limit:
             raise KeyboardInterrupt
 
@@ -113,6 +115,12 @@ def test_a_stopped_measurement_goes_on_with_the_same_result(
             stops += 1
     assert stops == 2
     assert result == table
+    total = sum(len(unit.paths) for unit in table.units)
+    said = [event.note for event in events if event.note]
+    assert [note.split(", from ")[0] for note in said] == [
+        f"resuming: {done} of {total} tensors measured already" for done in (3, 8)
+    ]
+    assert max(event.replayed for event in events) == 8
     with_tied_head = [u for u in table.units if u.path != "model.embed_tokens"]
     assert counted[0] == len(with_tied_head)
 
