@@ -5,6 +5,7 @@ family. Called by ``build`` and by the measurement.
 """
 
 import contextlib
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -192,7 +193,7 @@ def _why_dense(model: nn.Module, max_kv_size: int | None, sites: tuple[KVSite, .
     try:
         run_lazily(model, _plain(model, max_kv_size, sites, dense=False))
     except Exception as error:  # noqa: BLE001  whatever a family's code raises on what is no array
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        reason = re.split(r"[:.(\n]", str(error), maxsplit=1)[0].strip() or type(error).__name__
     else:
         return ""
     try:

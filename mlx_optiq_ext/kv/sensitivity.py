@@ -24,7 +24,7 @@ from mlx_optiq_ext.types.kv import KVProbe, KVSite, KVTensor
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
 from mlx_optiq_ext.types.quant import AFFINE_BITS, AFFINE_GROUPS, KEEP, Choice
 
-__all__ = ["CacheEstimates", "KVTokens", "choices_for", "estimate_divergences"]
+__all__ = ["CacheEstimates", "EstimateSettings", "KVTokens", "choices_for", "estimate_divergences"]
 
 Floats = NDArray[np.float64]
 
@@ -37,6 +37,17 @@ class KVTokens(NamedTuple):
     """(W, length)."""
 
 
+class EstimateSettings(NamedTuple):
+    """How keys and values are measured."""
+
+    rotate: bool = True
+    """Centre keys, rotate keys and values."""
+    samples: int = 1
+    """Sampled labels per position."""
+    seed: int = 0
+    """Of the labels."""
+
+
 class CacheEstimates(NamedTuple):
     """What was measured of every tensor."""
 
@@ -44,7 +55,8 @@ class CacheEstimates(NamedTuple):
     key_means: tuple[str, ...]
     """Per site, see :attr:`KVLayer.key_mean`."""
     silent: tuple[str, ...]
-    """Tensors whose gradient is exactly zero: they act through a choice, which no derivative sees."""
+    """Tensors whose gradient is exactly zero: they act through a choice, which no derivative sees. Only keep
+    is left to them."""
 
 
 def choices_for(
@@ -60,10 +72,7 @@ def estimate_divergences(
     caches: CacheMap,
     text: Sequence[KVTokens],
     candidates: Mapping[tuple[str, KVTensor], Sequence[Choice]],
-    *,
-    rotate: bool = True,
-    samples: int = 1,
-    seed: int = 0,
+    settings: EstimateSettings,
     progress: ProgressSink = ignore_progress,
 ) -> CacheEstimates:
     """Estimate the divergence of every choice of every tensor at every prefix length.
@@ -73,16 +82,15 @@ def estimate_divergences(
         caches: From ``observe``.
         text: Windows by length; the mean over lengths is what is allocated for.
         candidates: Choices by (site name, tensor).
-        rotate: Centre keys, rotate keys and values.
-        samples: Sampled labels per position.
-        seed: Of the labels.
+        settings: How to measure.
         progress: Stages ``forward`` and ``measure``.
     Raises:
         MeasurementError: Gradients are not finite, or a block gave none at all.
     Cost: per length one forward, and per sample one recomputation and one backward, one block in memory.
     """
+    rotate, samples, seed = settings
     sums: dict[tuple[str, KVTensor], list[Floats]] = {}
-    means = _KeyMeans(caches.sites)
+    means = _KeyMeans()
     for number, windows in enumerate(text):
         for site, tensor, captures in _captured(model, caches, windows, samples, seed + number, progress):
             key = (site.name, tensor)
@@ -101,11 +109,13 @@ def estimate_divergences(
                     f"cache {site.name}: no block of the model filled it in the recorded pass; "
                     "leave this cache in full precision"
                 )
-            if not any(windows.any() for windows in sums[key]):
+            is_silent = not any(windows.any() for windows in sums[key])
+            if is_silent and set(candidates[key]) != {KEEP}:
                 silent.append(tensor_name(site, tensor))
             probes += [
                 _probe(site, tensor, choice, [windows[row] for windows in sums[key]])
                 for row, choice in enumerate(candidates[key])
+                if choice == KEEP or not is_silent
             ]
     key_means = tuple(encode_mean(means.found[site.name]) for site in caches.sites) if rotate else ()
     return CacheEstimates(tuple(probes), key_means, tuple(silent))
@@ -114,7 +124,7 @@ def estimate_divergences(
 class _KeyMeans:
     """Mean key per head; the first length measured decides, so that all are rounded alike."""
 
-    def __init__(self, sites: Sequence[KVSite]) -> None:
+    def __init__(self) -> None:
         self.found: dict[str, mx.array] = {}
 
     def of(self, site: KVSite, captures: list[Capture]) -> mx.array:
@@ -143,9 +153,11 @@ def _captured(
     def cotangent(item: int, logits: mx.array) -> mx.array:
         return sampled_label_gradient(logits, mx.random.key(seed * 1_000_003 + item))
 
-    by_name = {tensor_name(site, tensor): (site, tensor) for site in caches.sites for tensor in ("k", "v")}
-    done = 0
-    for captured in CacheReverse(tape, switch, cotangent, samples).run():
+    by_name: dict[str, tuple[KVSite, KVTensor]] = {}
+    for site in caches.sites:
+        by_name[tensor_name(site, "k")] = (site, "k")
+        by_name[tensor_name(site, "v")] = (site, "v")
+    for done, captured in enumerate(CacheReverse(tape, switch, cotangent, samples).run(), 1):
         found: dict[str, list[Capture]] = {}
         for captures in captured.items:
             for capture in captures:
@@ -156,7 +168,6 @@ def _captured(
             yield site, tensor, captures
         found.clear()
         mx.clear_cache()
-        done += 1
         progress(Progress(stage="measure", done=min(done, total), total=total, detail=detail))
 
 
@@ -173,7 +184,7 @@ def _divergence(captures: list[Capture], codec: Codec) -> list[float]:
         costs.append(0.5 * mx.sum(mx.square(gradient * error)) / stored.shape[2])
     values = mx.stack(costs)
     mx.eval(values)
-    found: list[float] = values.tolist()
+    found: list[float] = np.array(values).tolist()
     if not np.isfinite(found).all():
         raise MeasurementError(
             f"{captures[0].call.path}: gradients or rounding errors are not finite; measure in float32"

@@ -49,20 +49,14 @@ def _probe(module: ModuleType) -> str:
 
 def _wrap(original: Any) -> Any:
     @functools.wraps(original)
-    def scaled_dot_product_attention(
-        queries: Any,
-        keys: Any,
-        values: Any,
-        cache: Any,
-        scale: float,
-        mask: Any,
-        sinks: Any = None,
-    ) -> Any:
+    def scaled_dot_product_attention(queries: Any, keys: Any, *rest: Any, **named: Any) -> Any:
         if not hasattr(keys, "is_optiq_stored"):
-            return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+            return original(queries, keys, *rest, **named)
         from mlx_optiq_ext.kv.attention import attend  # loaded already: it made the keys
 
-        return attend(queries, keys, values, scale, mask, sinks)
+        given = dict(zip(_PARAMETERS[2:], rest, strict=False)) | named
+        values, scale = given["values"], given["scale"]
+        return attend(queries, keys, values, scale, given.get("mask"), given.get("sinks"))
 
     setattr(scaled_dot_product_attention, _MARK, PATCH.name)
     return scaled_dot_product_attention

@@ -133,6 +133,8 @@ class KVSensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     format_version: int = 1
     model: ModelFingerprint | None = None
     calibration: CalibrationInfo | None = None
+    settings: str = ""
+    """SHA-256 of text, candidates and seeds: what besides the model a measurement depends on."""
     lengths: tuple[int, ...]
     """Prefix lengths measured, in tokens."""
     sites: tuple[KVSite, ...]

@@ -12,6 +12,7 @@ __all__ = [
     "ConvertOptions",
     "DoctorOptions",
     "ImportGgufOptions",
+    "KVCacheOptions",
     "MeasureOptions",
     "ReportOptions",
     "ScoreOptions",
@@ -136,6 +137,53 @@ class ScoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     uniform: Annotated[
         str, _d("Also score the reference quantized uniformly: comma-separated choices such as 4,5,6g32.")
     ] = ""
+    trust_remote_code: Annotated[bool, _d("Run model code that comes with the checkpoint.")] = False
+
+
+class KVCacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a KV cache is measured and allocated."""
+
+    revision: Annotated[str | None, _d("Hub revision (branch, tag or commit).")] = None
+    target_bits: Annotated[
+        float,
+        msgspec.Meta(
+            gt=1.0,
+            le=33.0,
+            description="Ceiling in stored bits per cached number, scales and biases counted.",
+        ),
+    ] = 5.0
+    context: Annotated[
+        int, msgspec.Meta(ge=64, description="Tokens of context to measure up to and to budget for.")
+    ] = 4096
+    candidate_bits: Annotated[
+        str, _d("Comma-separated choices for keys and for values: bits (2,3,4,5,6,8) or BITSgGROUP.")
+    ] = "2,3,4,5,6,8"
+    candidate_groups: Annotated[
+        str, _d("Group sizes along the head for choices given as bits alone (32, 64, 128).")
+    ] = "32,64,128"
+    rotate: Annotated[bool, _d("Centre keys and rotate keys and values before they are rounded.")] = True
+    recent: Annotated[
+        int, msgspec.Meta(ge=0, le=4096, description="Last tokens to keep in full precision besides.")
+    ] = 0
+    first: Annotated[
+        int, msgspec.Meta(ge=0, le=256, description="First tokens to keep in full precision besides.")
+    ] = 0
+    fit: Annotated[
+        str | None, _d("Memory for weights, KV cache and head room: say which context fits into it (8GB).")
+    ] = None
+    calibration: Annotated[
+        str | None, _d("JSONL of {domain,text} or {domain,messages[,tools]} in place of the built-in text.")
+    ] = None
+    held_out: Annotated[str | None, _d("JSONL like --calibration, on which configurations are compared.")] = (
+        None
+    )
+    num_tokens: Annotated[
+        int, msgspec.Meta(ge=64, description="Tokens per prefix length, for measuring and for comparing.")
+    ] = 4096
+    label_samples: Annotated[
+        int, msgspec.Meta(ge=1, le=16, description="Sampled labels per position (backward passes).")
+    ] = 1
+    seed: Annotated[int, msgspec.Meta(ge=0, description="Seed of label sampling.")] = 0
     trust_remote_code: Annotated[bool, _d("Run model code that comes with the checkpoint.")] = False
 
 

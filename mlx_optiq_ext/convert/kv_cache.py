@@ -1,0 +1,295 @@
+"""From a checkpoint to a KV configuration: measure, allocate, compare on held-out text, accept.
+
+Composes ``kv`` and ``eval``; writes nothing. Called by ``optiq kv-cache``.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from mlx_optiq_ext import __version__
+from mlx_optiq_ext.errors import MeasurementError, UsageError
+from mlx_optiq_ext.eval.kv_score import CacheNumbers, NamedConfig, score_caches
+from mlx_optiq_ext.eval.prepare import make_exact, parameter_nbytes
+from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.kv.allocate import CacheCandidate, candidates_within, layers_of, stored_bits
+from mlx_optiq_ext.kv.observe import CacheMap, observe
+from mlx_optiq_ext.kv.sensitivity import (
+    CacheEstimates,
+    EstimateSettings,
+    KVTokens,
+    choices_for,
+    estimate_divergences,
+)
+from mlx_optiq_ext.measure.intervals import estimate_mean, paired_ratio
+from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
+from mlx_optiq_ext.models.load import load_model, load_tokenizer
+from mlx_optiq_ext.types.kv import KVConfig, KVScore, KVSensitivity, KVTensor
+from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.options import KVCacheOptions
+from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
+from mlx_optiq_ext.types.quant import AFFINE_GROUPS, KEEP, Choice
+
+__all__ = ["CachePlan", "plan_cache", "prefix_lengths"]
+
+_LENGTHS = (256, 1024)
+
+
+class CachePlan(NamedTuple):
+    """What was measured and decided."""
+
+    table: KVSensitivity
+    config: KVConfig
+    reused: bool
+    """The measurement was taken from an earlier run."""
+    weights_nbytes: int
+    """Bytes of the checkpoint's weights, for ``--fit``."""
+
+
+def plan_cache(
+    ref: ModelRef,
+    options: KVCacheOptions,
+    *,
+    known: KVSensitivity | None = None,
+    on_table: Callable[[KVSensitivity], None] = lambda _: None,
+    progress: ProgressSink = ignore_progress,
+) -> CachePlan:
+    """Measure a model's cache and choose how to store it.
+
+    Args:
+        ref: The checkpoint that will be served, quantized or not.
+        options: See :class:`KVCacheOptions`.
+        known: An earlier measurement; used where model, text and settings are the same, so that a stopped
+            run goes on and another target measures nothing again.
+        on_table: Gets the measurement as soon as it is there.
+        progress: Stages ``forward``, ``measure``, ``score``.
+    Raises:
+        UnsupportedModel: No cache of the model can be stored otherwise.
+        BudgetInfeasible: The target is below the cheapest storage.
+        MeasurementError: No text for any prefix length, or gradients that are not finite.
+        ResourceError: The weights do not fit into memory.
+    Cost: per prefix length one forward and, per label sample, one recomputation and one backward pass; then
+        one forward per candidate over the held-out text.
+    """
+    model, _ = load_model(ref, trust_remote_code=options.trust_remote_code)
+    weights = parameter_nbytes(model)
+    caches = observe(model)
+    candidates = _candidates(caches, options)
+    tokenizer = load_tokenizer(ref, trust_remote_code=options.trust_remote_code)
+    make_exact(model, ref.source)
+    lengths = prefix_lengths(options.context)
+    text = load_sessions(
+        tokenizer, lengths, num_tokens=options.num_tokens, source=options.calibration, split="calibration"
+    )
+    model_id, settings = fingerprint(ref), _settings(options, text)
+    reused = known is not None and known.model == model_id and known.settings == settings
+    if known is not None and reused:
+        table = replace(known, scores=())
+    else:
+        table = _measure(model, caches, candidates, text, options, progress)
+        table = replace(table, model=model_id, settings=settings)
+        on_table(table)
+    found = candidates_within(table, options.target_bits, options.context)
+    held_out = load_sessions(
+        tokenizer, lengths, num_tokens=options.num_tokens, source=options.held_out, split="held_out"
+    )
+    configs = [_config(table, candidate, options) for candidate in found]
+    scored = _compare(model, found, configs, held_out, progress)
+    order = sorted(range(len(found)), key=lambda k: scored.scores[k].divergence)
+    accepted, reason = _accept(found, scored)
+    scores = tuple(replace(scored.scores[k], accepted=k == accepted) for k in order)
+    table = replace(table, scores=scores, notes=tuple(dict.fromkeys((*table.notes, *held_out.info.notes))))
+    config = replace(configs[accepted], chosen=reason, notes=(*table.notes, *_dense_note(caches)))
+    return CachePlan(table, config, reused, weights)
+
+
+def _settings(options: KVCacheOptions, text: Sessions) -> str:
+    """Hash of everything that a measurement depends on besides the model."""
+    relevant = (
+        options.candidate_bits,
+        options.candidate_groups,
+        options.rotate,
+        options.label_samples,
+        options.seed,
+        sorted((length, len(windows)) for length, windows in text.windows.items()),
+        text.info.sha256,
+        __version__,
+    )
+    return hashlib.sha256(msgspec.json.encode(relevant)).hexdigest()
+
+
+def prefix_lengths(context: int) -> tuple[int, ...]:
+    """Prefix lengths to measure: 256 and 1,024 tokens where they are shorter, and the context itself."""
+    return (*(length for length in _LENGTHS if length < context), context)
+
+
+def _candidates(caches: CacheMap, options: KVCacheOptions) -> dict[tuple[str, KVTensor], tuple[Choice, ...]]:
+    """Choices of every tensor that its head allows."""
+    groups = [int(word) for word in options.candidate_groups.split(",") if word.strip()]
+    if not groups or any(group not in AFFINE_GROUPS for group in groups):
+        raise UsageError(
+            f"--candidate-groups {options.candidate_groups!r}: name some of {AFFINE_GROUPS}, such as 32,64"
+        )
+    offered: dict[Choice, None] = {}
+    for word in options.candidate_bits.split(","):
+        if word.strip():
+            for group in groups:
+                offered[Choice.parse(word, default_group=group)] = None
+    wrong = [choice.label for choice in offered if choice.mode not in ("affine", "keep")]
+    if wrong or not offered:
+        raise UsageError(
+            f"--candidate-bits {options.candidate_bits!r}: a KV cache stores bits 2, 3, 4, 5, 6 or 8, "
+            "or BITSgGROUP such as 4g64"
+        )
+    found: dict[tuple[str, KVTensor], tuple[Choice, ...]] = {}
+    for site in caches.sites:
+        for tensor, dim in (("k", site.key_dim), ("v", site.value_dim)):
+            fitting = [choice for choice in choices_for(dim) if choice in offered and choice != KEEP]
+            found[site.name, tensor] = (*fitting, KEEP)  # type: ignore[index]
+    return found
+
+
+def _measure(
+    model: nn.Module,
+    caches: CacheMap,
+    candidates: dict[tuple[str, KVTensor], tuple[Choice, ...]],
+    text: Sessions,
+    options: KVCacheOptions,
+    progress: ProgressSink,
+) -> KVSensitivity:
+    if not text.windows:
+        raise MeasurementError(f"no prefix can be measured: {'; '.join(text.info.notes)}")
+    model.train()  # gives the differentiable form of kernels that have no gradient
+    windows = [KVTokens(length, tokens) for length, tokens in text.windows.items()]
+    settings = EstimateSettings(options.rotate, options.label_samples, options.seed)
+    estimates = estimate_divergences(model, caches, windows, candidates, settings, progress)
+    model.eval()
+    mx.clear_cache()
+    return KVSensitivity(
+        calibration=text.info,
+        lengths=tuple(text.windows),
+        sites=caches.sites,
+        rotate=options.rotate,
+        probes=estimates.probes,
+        key_means=estimates.key_means,
+        refused=(*caches.refused, *_refused(candidates, estimates)),
+        notes=text.info.notes,
+        code_version=__version__,
+    )
+
+
+def _refused(
+    candidates: dict[tuple[str, KVTensor], tuple[Choice, ...]], estimates: CacheEstimates
+) -> list[tuple[str, str]]:
+    """Tensors that stay in full precision, and why."""
+    words = {"k": "keys", "v": "values"}
+    found = [
+        (name, f"{words[tensor]} are kept: no candidate group divides the head")
+        for (name, tensor), choices in candidates.items()
+        if choices == (KEEP,)
+    ]
+    for entry in estimates.silent:
+        name, _, tensor = entry.rpartition(".")
+        found.append(
+            (name, f"{words[tensor]} are kept: they act through a selection that no derivative sees")
+        )
+    return found
+
+
+def _dense_note(caches: CacheMap) -> tuple[str, ...]:
+    if not caches.dense:
+        return ()
+    return (f"stored tensors are unpacked at every step, for {caches.dense}: memory is saved, time is not",)
+
+
+def _config(table: KVSensitivity, candidate: CacheCandidate, options: KVCacheOptions) -> KVConfig:
+    bits = stored_bits(table.sites, candidate.choices, options.context)
+    return KVConfig(
+        model=table.model,
+        layers=layers_of(table, candidate.choices),
+        rotate=table.rotate,
+        recent=options.recent,
+        first=options.first,
+        bits_per_number=candidate.bits_per_number,
+        bytes_per_token=bits / 8 / options.context,
+        context=options.context,
+        predicted_divergence=candidate.predicted,
+        notes=table.notes,
+        code_version=__version__,
+    )
+
+
+class _Scored(NamedTuple):
+    """Candidates on the held-out text, in their order."""
+
+    scores: list[KVScore]
+    windows: list[NDArray[np.float64]]
+    """Divergence of every window of every length."""
+    lengths: NDArray[np.int32]
+    """Index of the length of every window."""
+
+
+def _compare(
+    model: nn.Module,
+    found: Sequence[CacheCandidate],
+    configs: Sequence[KVConfig],
+    held_out: Sessions,
+    progress: ProgressSink,
+) -> _Scored:
+    """Run every candidate with real caches on text that nothing was measured on."""
+    if not held_out.windows:
+        raise MeasurementError(f"no candidate can be compared: {'; '.join(held_out.info.notes)}")
+    named = [NamedConfig(c.label, config) for c, config in zip(found, configs, strict=True)]
+    runs = [
+        score_caches(model, tokens, named, block=_block(configs), progress=progress)[1:]
+        for tokens in held_out.windows.values()
+    ]
+    lengths = np.repeat(np.arange(len(runs)), [len(tokens) for tokens in held_out.windows.values()])
+    scores, windows = [], []
+    for k, candidate in enumerate(found):
+        numbers: list[CacheNumbers] = [run[k] for run in runs]
+        divergences = np.concatenate([entry.divergence for entry in numbers])
+        estimate = estimate_mean(divergences, lengths)
+        scores.append(
+            KVScore(
+                label=candidate.label,
+                bits_per_number=candidate.bits_per_number,
+                divergence=estimate.mean,
+                stderr=estimate.stderr,
+                by_length=tuple(float(entry.divergence.mean()) for entry in numbers),
+                top1=float(np.mean([entry.top1.mean() for entry in numbers])),
+            )
+        )
+        windows.append(divergences)
+    return _Scored(scores, windows, lengths.astype(np.int32))
+
+
+def _block(configs: Sequence[KVConfig]) -> int | None:
+    """Tokens per step: small enough that a window of recent tokens is what it will be when serving."""
+    recent = max(config.recent for config in configs)
+    return max(1, recent // 4) if recent else None
+
+
+def _accept(found: Sequence[CacheCandidate], scored: _Scored) -> tuple[int, str]:
+    """The candidate to ship: a per-layer one only where it beats the best uniform pair."""
+    means = [score.divergence for score in scored.scores]
+    uniform = [k for k, candidate in enumerate(found) if candidate.is_uniform]
+    layered = [k for k, candidate in enumerate(found) if not candidate.is_uniform]
+    best = min(layered, key=lambda k: means[k])
+    if not uniform:
+        return best, f"{found[best].label}: no uniform pair fits the budget"
+    pair = min(uniform, key=lambda k: means[k])
+    if not means[pair]:
+        return pair, f"{found[pair].label}: no divergence at all"
+    ratio = paired_ratio(scored.windows[best], scored.windows[pair], scored.lengths)
+    compared = f"{ratio.mean:.2f} × ({max(ratio.low, 0):.2f} to {ratio.high:.2f})"
+    if means[best] < means[pair]:
+        return best, f"{found[best].label}: {compared} the divergence of {found[pair].label}"
+    return pair, f"{found[pair].label}: the best per-layer allocation has {compared} its divergence"

@@ -1,0 +1,184 @@
+"""Spend a budget of cache bytes over the keys and values of every layer.
+
+Knows the measurements, not the model. Per-layer estimates of a few thousand tokens over-fit, so they are
+also shrunk towards what all layers share; which candidate is taken is decided on other text.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from mlx_optiq_ext.allocate.budget import Item, cheapest_cost, solve
+from mlx_optiq_ext.errors import BudgetInfeasible
+from mlx_optiq_ext.types.kv import KVLayer, KVProbe, KVSensitivity, KVSite, KVTensor
+from mlx_optiq_ext.types.quant import KEEP, Choice
+
+__all__ = ["CacheCandidate", "Place", "candidates_within", "layers_of", "stored_bits", "uniform_pairs"]
+
+Place = tuple[str, KVTensor]
+"""(site name, "k" or "v")."""
+
+SHRINKAGE = (0.0, 0.35, 0.7)
+"""How far a layer's estimates are moved, on a log scale, towards the mean of all layers."""
+
+
+class CacheCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One complete way to store a cache within the budget."""
+
+    label: str
+    choices: dict[Place, Choice]
+    bits_per_number: float
+    predicted: float
+    """Summed estimates, nats per token."""
+    is_uniform: bool
+    """The same choice for all keys, and the same for all values."""
+
+
+def stored_bits(sites: Sequence[KVSite], choices: Mapping[Place, Choice], context: int) -> int:
+    """Bits of a cache with ``context`` tokens, 16-bit scales counted; windows count what they hold."""
+    return sum(
+        choices[site.name, tensor].stored_bits(site.numel(tensor)) * site.tokens_held(context)
+        for site in sites
+        for tensor in ("k", "v")
+    )
+
+
+def candidates_within(table: KVSensitivity, target_bits: float, context: int) -> tuple[CacheCandidate, ...]:
+    """Allocations at several shrinkages, then the best uniform pairs; every one within the budget.
+
+    Args:
+        table: What was measured.
+        target_bits: Ceiling in stored bits per cached number at ``context`` tokens.
+        context: Tokens in the cache.
+    Raises:
+        BudgetInfeasible: Even the cheapest choices take more.
+    """
+    probes = _by_place(table.probes, table.sites)
+    budget = math.floor(target_bits * _numbers(table.sites, context) + 1e-6)
+    places = list(probes)
+    held = {site.name: site.tokens_held(context) for site in table.sites}
+    costs = {
+        place: tuple(
+            probe.choice.stored_bits(_numel(table.sites, place)) * held[place[0]] for probe in probes[place]
+        )
+        for place in places
+    }
+    least = sum(min(row) for row in costs.values())
+    if least > budget:
+        raise BudgetInfeasible(
+            f"--target-bits {target_bits:g} is below the cheapest storage of this cache, "
+            f"{least / _numbers(table.sites, context):.3f} bits per number with scales and biases; "
+            "raise it, or offer larger groups and fewer bits with --candidate-groups and --candidate-bits"
+        )
+    found: list[CacheCandidate] = []
+    for shrinkage in SHRINKAGE:
+        values = _shrunk(probes, shrinkage)
+        items = [Item(costs=costs[place], values=values[place]) for place in places]
+        assert cheapest_cost(items) <= budget
+        picks = solve(items, budget).picks
+        choices = {place: probes[place][pick].choice for place, pick in zip(places, picks, strict=True)}
+        if all(choices != other.choices for other in found):
+            label = "per layer" if not shrinkage else f"per layer, shrunk {shrinkage:.0%}"
+            found.append(_candidate(table, probes, choices, context, label))
+    pairs = uniform_pairs(table, target_bits, context)
+    return (*(c for c in found if all(c.choices != pair.choices for pair in pairs)), *pairs)
+
+
+def uniform_pairs(
+    table: KVSensitivity, target_bits: float, context: int, count: int = 3
+) -> tuple[CacheCandidate, ...]:
+    """The ``count`` uniform pairs within the budget that are predicted best; none where none fits.
+
+    A tensor that a pair's group does not divide, or whose only choice is keep, is kept.
+    """
+    probes = _by_place(table.probes, table.sites)
+    budget = target_bits * _numbers(table.sites, context) + 1e-6
+    offered = sorted({probe.choice for probe in table.probes} - {KEEP})
+    found = []
+    for keys, values in itertools.product(offered, offered):
+        choices = {place: _nearest(probes[place], keys if place[1] == "k" else values) for place in probes}
+        if stored_bits(table.sites, choices, context) <= budget:
+            label = f"uniform K {keys.label} V {values.label}"
+            found.append(_candidate(table, probes, choices, context, label, is_uniform=True))
+    return tuple(sorted(found, key=lambda candidate: candidate.predicted)[:count])
+
+
+def layers_of(table: KVSensitivity, choices: Mapping[Place, Choice]) -> tuple[KVLayer, ...]:
+    """Configuration of every cache for one candidate's choices."""
+    means = table.key_means or ("",) * len(table.sites)
+    return tuple(
+        KVLayer(
+            index=site.index,
+            member=site.member,
+            layer=site.layer,
+            k=choices[site.name, "k"],
+            v=choices[site.name, "v"],
+            key_mean=mean if choices[site.name, "k"] != KEEP else "",
+        )
+        for site, mean in zip(table.sites, means, strict=True)
+    )
+
+
+def _candidate(
+    table: KVSensitivity,
+    probes: Mapping[Place, Sequence[KVProbe]],
+    choices: dict[Place, Choice],
+    context: int,
+    label: str,
+    *,
+    is_uniform: bool = False,
+) -> CacheCandidate:
+    predicted = math.fsum(
+        next(probe.divergence for probe in probes[place] if probe.choice == choice)
+        for place, choice in choices.items()
+    )
+    return CacheCandidate(
+        label=label,
+        choices=choices,
+        bits_per_number=stored_bits(table.sites, choices, context) / _numbers(table.sites, context),
+        predicted=predicted,
+        is_uniform=is_uniform,
+    )
+
+
+def _by_place(probes: Sequence[KVProbe], sites: Sequence[KVSite]) -> dict[Place, list[KVProbe]]:
+    names = {(site.index, site.member): site.name for site in sites}
+    found: dict[Place, list[KVProbe]] = {}
+    for probe in probes:
+        found.setdefault((names[probe.index, probe.member], probe.tensor), []).append(probe)
+    return found
+
+
+def _numbers(sites: Sequence[KVSite], context: int) -> int:
+    """Cached numbers at ``context`` tokens."""
+    return sum((site.numel("k") + site.numel("v")) * site.tokens_held(context) for site in sites)
+
+
+def _numel(sites: Sequence[KVSite], place: Place) -> int:
+    return next(site.numel(place[1]) for site in sites if site.name == place[0])
+
+
+def _nearest(probes: Sequence[KVProbe], choice: Choice) -> Choice:
+    """The choice itself where it is offered, else keep (offered to every tensor)."""
+    return choice if any(probe.choice == choice for probe in probes) else KEEP
+
+
+def _shrunk(probes: Mapping[Place, Sequence[KVProbe]], shrinkage: float) -> dict[Place, tuple[float, ...]]:
+    """Divergences moved towards the geometric mean over layers of the same tensor and choice."""
+    logs: dict[tuple[KVTensor, Choice], list[float]] = {}
+    for (_, tensor), row in probes.items():
+        for probe in row:
+            if probe.divergence > 0:
+                logs.setdefault((tensor, probe.choice), []).append(math.log(probe.divergence))
+    means = {key: sum(values) / len(values) for key, values in logs.items()}
+    return {
+        place: tuple(
+            math.exp((1 - shrinkage) * math.log(p.divergence) + shrinkage * means[place[1], p.choice])
+            if p.divergence > 0
+            else 0.0
+            for p in row
+        )
+        for place, row in probes.items()
+    }
