@@ -15,6 +15,7 @@ import msgspec
 from mlx_optiq_ext.errors import OutputExists, UsageError
 from mlx_optiq_ext.formats.arguments import option_names, options_from
 from mlx_optiq_ext.formats.atomic import require_writable
+from mlx_optiq_ext.progress_line import ProgressLine
 from mlx_optiq_ext.stop import clean_stop
 from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.quant import Choice
@@ -84,10 +85,9 @@ def run_call(call: ConvertCall) -> None:
     """
     from mlx_optiq_ext.convert.model import convert_model  # deferred: huggingface-hub and mlx are heavy
     from mlx_optiq_ext.hub.resolve import resolve_model
-    from mlx_optiq_ext.patches.console import StderrProgress
 
     measure = call.options.measure
-    with clean_stop(), _resumable(), StderrProgress() as progress:
+    with clean_stop(), _resumable(), ProgressLine(prefix="[optiq] ") as progress:
         reference = resolve_model(
             call.source, measure.revision, progress, trust_remote_code=measure.trust_remote_code
         )

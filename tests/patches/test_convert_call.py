@@ -10,7 +10,7 @@ import mlx_optiq_ext
 from mlx_optiq_ext.errors import OutputExists, UsageError
 from mlx_optiq_ext.formats.arguments import option_names
 from mlx_optiq_ext.patches import convert_call as seam
-from mlx_optiq_ext.patches.console import StderrProgress
+from mlx_optiq_ext.progress_line import ProgressLine
 from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.progress import Progress
 
@@ -168,13 +168,12 @@ def test_the_command_ends_with_one_line_and_our_exit_code(
 
 def test_progress_off_a_terminal_is_a_line_per_stage_and_its_end():
     stream = io.StringIO()
-    with StderrProgress(stream) as sink:
+    with ProgressLine(stream, prefix="[optiq] ") as sink:
         for stage in ("measure", "write"):
             for done in range(101):
                 sink(Progress(stage=stage, done=done, total=100))
-    assert stream.getvalue().splitlines() == [
-        "[optiq] measure 0/100",
-        "[optiq] measure 100/100",
-        "[optiq] write 0/100",
-        "[optiq] write 100/100",
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["[optiq]", stage] for stage in ("measure", "measure", "write", "write")
     ]
+    assert [line.split()[3] for line in lines] == ["0/100", "100/100"] * 2

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from mlx_optiq_ext.cli.console import Console, format_duration, format_table
+from mlx_optiq_ext.cli.console import Console, format_table
+from mlx_optiq_ext.progress_line import ProgressLine, format_duration
 from mlx_optiq_ext.types.progress import Progress
 from mlx_optiq_ext.types.quant import Choice
 
@@ -119,6 +120,15 @@ def test_note_does_not_land_in_the_middle_of_a_progress_line() -> None:
     console.progress(Progress(stage="write", done=0, total=2))
     console.note("disk is slow")
     assert err.getvalue().endswith("\ndisk is slow\n")
+
+
+def test_a_line_that_is_left_open_is_ended() -> None:
+    err = _Terminal()
+    with ProgressLine(err, prefix="[optiq] ") as line:
+        line(Progress(stage="write", done=0, total=2))
+        assert not err.getvalue().endswith("\n")
+    assert err.getvalue().startswith("\r\x1b[2K[optiq] write")
+    assert err.getvalue().endswith("0/2\n")
 
 
 def test_console_follows_the_arguments() -> None:
