@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.allocation import write_allocation
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.score import read_score
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity

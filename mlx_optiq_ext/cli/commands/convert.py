@@ -12,11 +12,11 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from mlx_optiq_ext.cli.arguments import add_options, given_options, options_from
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.card import has_chat_template
 from mlx_optiq_ext.convert.model import ConversionResult, convert_model
+from mlx_optiq_ext.formats.arguments import add_options, given_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model

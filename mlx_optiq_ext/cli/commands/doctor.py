@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 from mlx_optiq_ext.cli import health, kernels
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.cli.health import Finding
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.types.options import DoctorOptions
 
 __all__ = ["add_arguments", "examine", "run"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, require_absent
 from mlx_optiq_ext.types.options import ImportGgufOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress

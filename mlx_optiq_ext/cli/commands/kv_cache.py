@@ -12,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.kv_cache import plan_cache
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.kv_config import KV_CONFIG_FILE, write_kv_config
 from mlx_optiq_ext.formats.kv_sensitivity import (

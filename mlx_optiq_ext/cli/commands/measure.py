@@ -9,9 +9,9 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
 from mlx_optiq_ext.hub.fingerprint import fingerprint

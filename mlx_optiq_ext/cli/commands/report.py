@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.metadata import find_metadata, read_metadata
 from mlx_optiq_ext.formats.score import read_score

@@ -9,11 +9,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_optiq_ext.cli.arguments import add_options, options_from
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.convert.rescore import is_own_record, record_score
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.eval.score import parse_uniform, score
+from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file, write_bytes_atomic
 from mlx_optiq_ext.formats.score import encode_score
 from mlx_optiq_ext.hub.resolve import resolve_model
