@@ -91,12 +91,14 @@ class ProgressLine:
     def note(self, text: str) -> None:
         """Write one line that stays."""
         self.end()
-        print(f"{self._prefix}{text}", file=self._stream, flush=True)
+        self._stream.write(f"{self._prefix}{text}\n")
+        self._stream.flush()
 
     def end(self) -> None:
         """End the line that is being drawn, if one is."""
         if self._is_open:
-            print(file=self._stream, flush=True)
+            self._stream.write("\n")
+            self._stream.flush()
             self._is_open = False
 
     @property
