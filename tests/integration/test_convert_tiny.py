@@ -135,7 +135,8 @@ def test_a_given_table_is_retargeted_without_measuring(
     monkeypatch.setattr("mlx_optiq_ext.models.tape.Tape.forward", lambda *_, **__: pytest.fail("ran"))
     for target in (4.0, 6.0):
         out = tmp_path / str(target)
-        convert_model(fine, _options(text, target, sensitivity=str(fine_table)), out)
+        options = _options(text, target, measure={"correction": "none"}, sensitivity=str(fine_table))
+        convert_model(fine, options, out)
         assert _stored_bpw(out, fine) == pytest.approx(target, abs=0.02)
         assert read_sensitivity(out).probes == read_sensitivity(fine_table).probes
 
