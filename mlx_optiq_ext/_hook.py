@@ -1,4 +1,4 @@
-"""Let stock mlx-lm commands know the "optiq" recipe: one finder that waits for the modules we extend.
+"""Let stock mlx-lm commands know what we add to them: one finder that waits for the modules we extend.
 
 Runs in every Python start (``mlx_optiq_ext.pth``), hence needs nothing but ``sys`` and ``os``, which are
 loaded anyway. Knows which modules are extended, not how: that is ``patches/``, imported once mlx-lm is.
@@ -16,8 +16,21 @@ if TYPE_CHECKING:
 
 __all__ = ["SEAMS", "install", "run_as_script", "uninstall"]
 
-SEAMS = frozenset({"mlx_lm.convert", "mlx_lm.models.base"})
+SEAMS = frozenset(
+    {
+        "mlx_lm.cache_prompt",
+        "mlx_lm.chat",
+        "mlx_lm.convert",
+        "mlx_lm.generate",
+        "mlx_lm.models.base",
+        "mlx_lm.models.cache",
+        "mlx_lm.server",
+    }
+)
 """Modules that have a patch; a test compares this with ``patches.registry.PATCHES``."""
+
+_told: list[str] = []
+"""Modules that a line on stderr said were left as they are."""
 
 
 def install(*, explicit: bool = False) -> None:
@@ -34,14 +47,20 @@ def install(*, explicit: bool = False) -> None:
         return
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in SEAMS:
-        if name in sys.modules:
+    misfit = None
+    for name in sorted(SEAMS & sys.modules.keys()):
+        try:
             _extend(name, strict=explicit)
+        except Exception as error:  # noqa: BLE001  raised below: what fits is extended all the same
+            misfit = misfit or error
+    if misfit is not None:
+        raise misfit
 
 
 def uninstall() -> None:
     """Take the finder out and undo every patch of this process."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+    _told.clear()
     registry = sys.modules.get("mlx_optiq_ext.patches.registry")
     if registry is not None:
         registry.revert_all()
@@ -121,7 +140,7 @@ class _Loader:
         return module
 
     def exec_module(self, module: "ModuleType") -> None:
-        if _asked_for():
+        if _wants_recipe():
             _load_blas()
         self.inner.exec_module(module)
         _extend(module.__name__)
@@ -140,7 +159,8 @@ def _extend(name: str, *, strict: bool = False) -> None:
     except Exception as error:  # a border: mlx-lm must import whatever state we are in
         if strict or _is_set("MLX_OPTIQ_STRICT"):
             raise
-        if _asked_for():
+        if _asked_for(name) and not _told:
+            _told.append(name)  # what keeps one module as it is mostly keeps all of them so
             text = " ".join(str(error).split()) or type(error).__name__
             print(f"mlx-optiq-ext: {name} was left as it is: {text}", file=sys.stderr)
 
@@ -152,12 +172,25 @@ def _load_blas() -> None:
     preload_blas()
 
 
-def _asked_for() -> bool:
-    """Whether the command line of this process wants the recipe."""
+def _asked_for(name: str) -> bool:
+    """Whether the command line of this process wants what we add to this module."""
+    if _wants_recipe():
+        return name == "mlx_lm.convert" or _is_ours()
+    options = ("--kv-config", "--kv-recent")
+    return any(word.startswith(options) for word in getattr(sys, "argv", [])[1:])
+
+
+def _wants_recipe() -> bool:
+    """Whether the command line of this process wants the recipe, or is ours."""
+    words = getattr(sys, "argv", [])[1:]
+    return _is_ours() or any(
+        word == "optiq" or word.endswith("=optiq") or word.startswith("--optiq-") for word in words
+    )
+
+
+def _is_ours() -> bool:
     argv = getattr(sys, "argv", [])
-    if argv and os.path.basename(argv[0]).startswith("optiq"):
-        return True
-    return any(word == "optiq" or word.endswith("=optiq") or word.startswith("--optiq-") for word in argv[1:])
+    return bool(argv) and os.path.basename(argv[0]).startswith("optiq")
 
 
 def _is_set(variable: str) -> bool:

@@ -13,11 +13,13 @@ import msgspec
 from mlx_optiq_ext.errors import PatchError
 from mlx_optiq_ext.patches.attention import PATCH as ATTENTION
 from mlx_optiq_ext.patches.convert_recipe import PATCH as CONVERT_RECIPE
+from mlx_optiq_ext.patches.kv_cache import PATCH as KV_CACHE
+from mlx_optiq_ext.patches.kv_commands import PATCHES as KV_COMMANDS
 from mlx_optiq_ext.patches.patch import Patch, Undo, check_version
 
 __all__ = ["PATCHES", "PatchReport", "apply_to", "is_active", "report", "revert_all"]
 
-PATCHES: tuple[Patch, ...] = (ATTENTION, CONVERT_RECIPE)
+PATCHES: tuple[Patch, ...] = (ATTENTION, KV_CACHE, CONVERT_RECIPE, *KV_COMMANDS)
 
 _undos: dict[str, Undo] = {}
 _failures: dict[str, str] = {}
@@ -32,6 +34,16 @@ class PatchReport(msgspec.Struct, frozen=True, kw_only=True):
     why: str
     state: Literal["active", "inactive", "refused", "without effect"]
     detail: str = ""
+
+
+def activate(module_name: str) -> None:
+    """Import one mlx-lm module and apply its patches, for our own commands. Idempotent.
+
+    Raises:
+        PatchUnsupported, PatchConflict: As :func:`apply_to`.
+    """
+    importlib.import_module(module_name)
+    apply_to(module_name)
 
 
 def apply_to(module_name: str) -> None:

@@ -42,6 +42,8 @@ PRINTING = {
     "mlx_optiq_ext/_hook.py",
     "mlx_optiq_ext/patches/convert_call.py",
     "mlx_optiq_ext/patches/convert_recipe.py",
+    "mlx_optiq_ext/patches/kv_command.py",
+    "mlx_optiq_ext/patches/kv_commands.py",
     "mlx_optiq_ext/quant/verify_stock.py",
 }
 

@@ -11,6 +11,7 @@ import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -95,14 +96,14 @@ def console_script() -> Path:
 
 
 @pytest.fixture
-def convert_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Stock ``mlx_lm.convert``, whatever the start-up file of the test environment did."""
+def stock_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """Every module that we extend, stock, whatever the start-up file of the test environment did."""
     for variable in OUR_VARIABLES[:2]:
         monkeypatch.delenv(variable, raising=False)
     was_hooked = any(isinstance(finder, _hook._Finder) for finder in sys.meta_path)
-    module = importlib.import_module("mlx_lm.convert")
+    modules = {name: importlib.import_module(name) for name in sorted(_hook.SEAMS)}
     _hook.uninstall()
-    yield module
+    yield modules
     _hook.uninstall()
     # What the test replaced has to be back before the start-up state returns.
     monkeypatch.undo()
@@ -110,16 +111,36 @@ def convert_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         _hook.install()
 
 
+@pytest.fixture
+def convert_module(stock_modules: dict[str, ModuleType]) -> ModuleType:
+    """Stock ``mlx_lm.convert``."""
+    return stock_modules["mlx_lm.convert"]
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-block Llama with a byte tokenizer, as a Hugging Face folder."""
+    return write_llama(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def exact_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float32, with heads that a group divides, and a chat template."""
+    folder = tmp_path_factory.mktemp("model") / "exact-llama"
+    # Float32: a batch and a single row give the same tokens, whatever kernels they run on.
+    write_llama(folder, head_dim=32, torch_dtype="float32", vocab_size=257)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    return folder
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    """Write a random two-block Llama with these changes of its config."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     folder.mkdir()
     vocabulary = {
         token: index for index, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -139,12 +160,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tie_word_embeddings": True,
         "torch_dtype": "float16",
         "eos_token_id": 0,
-    }
+    } | changes
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(0)
     weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
-    halves = {name: weight.astype(mx.float16) for name, weight in weights.items()}
-    mx.save_safetensors(str(folder / "model.safetensors"), halves, metadata={"format": "pt"})
+    dtype = getattr(mx, config["torch_dtype"])
+    cast = {name: weight.astype(dtype) for name, weight in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), cast, metadata={"format": "pt"})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

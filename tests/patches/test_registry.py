@@ -14,6 +14,16 @@ from mlx_optiq_ext.patches import registry
 NAMES = ("convert", "configure_parser", "main", "QUANT_RECIPES")
 
 
+def report_of(name="convert-recipe"):
+    """What the doctor would show of one patch."""
+    (found,) = [report for report in registry.report() if report.name == name]
+    return found
+
+
+def states():
+    return {report.state for report in registry.report()}
+
+
 def snapshot(module):
     """The objects behind every name we may touch, and what the list holds."""
     objects = {name: id(getattr(module, name)) for name in NAMES}
@@ -35,9 +45,10 @@ def test_apply_then_revert_gives_back_the_identical_objects(convert_module):
 
 
 def test_the_effect_is_reported(convert_module):
-    assert [report.state for report in registry.report()] == ["inactive"]
+    assert states() == {"inactive"}
     mlx_optiq_ext.install()
-    (report,) = registry.report()
+    assert states() == {"active"}
+    report = report_of()
     assert (report.state, report.detail, report.target) == ("active", "", "mlx_lm.convert")
     assert report.range == "mlx-lm>=0.32,<0.33"
 
@@ -46,7 +57,7 @@ def test_a_patch_without_effect_is_not_called_active(convert_module, monkeypatch
     mlx_optiq_ext.install()
     monkeypatch.setattr(convert_module, "QUANT_RECIPES", ["mixed_4_6"])
     monkeypatch.setattr(convert_module, "configure_parser", convert_module.configure_parser.__wrapped__)
-    (report,) = registry.report()
+    report = report_of()
     assert report.state == "without effect"
     assert "the parser refuses" in report.detail
     monkeypatch.undo()
@@ -142,8 +153,7 @@ def test_a_seam_that_does_not_fit_leaves_mlx_lm_untouched(
     with pytest.raises(PatchUnsupported, match=message):
         mlx_optiq_ext.install()
     assert dict(vars(convert_module)) == before
-    (report,) = registry.report()
-    assert report.state == "refused"
+    assert report_of().state == "refused"
 
     # The start-up hook says so where the recipe was asked for, and is silent elsewhere.
     monkeypatch.setattr(sys, "argv", ["mlx_lm.convert", "--quant-predicate=optiq"])
@@ -160,7 +170,7 @@ def test_a_seam_that_does_not_fit_leaves_mlx_lm_untouched(
     assert dict(vars(convert_module)) == before
     monkeypatch.undo()
     mlx_optiq_ext.install()
-    assert [report.state for report in registry.report()] == ["active"]
+    assert states() == {"active"}
 
 
 def test_disable_wins_over_an_explicit_install(convert_module, monkeypatch):
