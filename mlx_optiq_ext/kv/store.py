@@ -43,7 +43,9 @@ class Layout:
         self.key, self.value = key, value
         self.window, self.first_kept = window, first_kept
         packed = key.is_packed or value.is_packed
-        self.recent, self.first = (recent, first if window is None else 0) if packed else (0, 0)
+        if window is not None:  # what is kept exactly must stay in reach, and a first token slides out
+            recent, first = min(recent, window - first_kept), 0
+        self.recent, self.first = (recent, first) if packed else (0, 0)
         self.dense = dense
 
     def __deepcopy__(self, _: dict[int, object]) -> "Layout":
