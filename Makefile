@@ -6,13 +6,19 @@ BIN := .venv/bin
 # Without a fast BLAS of the system, Linux on x86-64 gets one from the package index (docs/platforms.md).
 FAST := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && ! ldconfig -p 2>/dev/null | grep -q libopenblas && echo ,fast)
 
-.PHONY: demo test lint docs
+# The lowest allowed version of what we extend, as in pyproject.toml (tests/borders/test_versions.py).
+LOWEST := mlx-lm==0.32.0
+
+.PHONY: demo test test-lowest lint docs
 
 demo: .venv/ready
 	bash benchmarks/demo.sh
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not clients"
+
+test-lowest: .venv-lowest/ready
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/patches
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -23,8 +29,9 @@ lint: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m mlx_optiq_ext.cli.reference
 
-.venv/ready: pyproject.toml
+.venv-lowest/ready: VERSIONS := $(LOWEST)
+.venv/ready .venv-lowest/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 to 3.14 with its venv module (Debian: apt install python3-venv)"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev$(FAST)]'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev$(FAST)]' $(VERSIONS)
 	touch $@

@@ -7,6 +7,7 @@ import time
 from typing import Any, Literal
 
 from mlx_optiq_ext.blas import BLAS_HINT, preload_blas
+from mlx_optiq_ext.cli.backend import import_fix
 from mlx_optiq_ext.cli.health import Finding
 
 __all__ = ["check_blas", "check_device", "check_kernels", "check_patches"]
@@ -25,7 +26,7 @@ def check_device() -> Finding:
         info = mx.device_info()
     except (ImportError, RuntimeError) as error:
         return Finding(
-            name="device", state="broken", found=f"mlx does not start: {error}", fix="reinstall mlx"
+            name="device", state="broken", found=f"mlx does not start: {error}", fix=import_fix(str(error))
         )
     details = [str(device), str(info.get("device_name", info.get("architecture", "")))]
     if working_set := info.get("max_recommended_working_set_size"):

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_UNEXPECTED
     except Exception as error:  # noqa: BLE001 - the border where the unexpected is logged and reported
         _log.debug("unexpected error", exc_info=True)
-        unexpected = RuntimeError(f"unexpected {type(error).__name__}: {error}; --debug shows the traceback")
+        unexpected = RuntimeError(_unexpected(error))
         _report(unexpected, _EXIT_UNEXPECTED, wants_json, kind=type(error).__name__)
         return _EXIT_UNEXPECTED
 
@@ -166,6 +166,12 @@ def _usage(parser: argparse.ArgumentParser) -> str:
         elif action.required:
             words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
     return " ".join([*words, "[options]"])
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] == "mlx":
+        return f"mlx does not start ({error}); `optiq doctor` says what would help"
+    return f"unexpected {type(error).__name__}: {error}; --debug shows the traceback"
 
 
 def _what_now(stop: KeyboardInterrupt, command: Command | None) -> str:

@@ -119,6 +119,13 @@ def test_unexpected_error_says_how_to_see_more_and_exits_1(install_command, caps
     assert caplog.records[-1].exc_info is not None
 
 
+def test_an_mlx_that_does_not_start_sends_to_the_doctor(install_command, capsys) -> None:
+    install_command(_raising(ImportError("libcuda.so.1: cannot open shared object file", name="mlx.core")))
+    assert entry.main(["allocate", "a.json"]) == 1
+    err = capsys.readouterr().err
+    assert "mlx does not start (libcuda.so.1: cannot open shared object file); `optiq doctor`" in err
+
+
 @pytest.mark.parametrize(("resumes", "hint"), [(True, "same command again"), (False, "half-written")])
 def test_interrupt_exits_130_and_says_what_now(install_command, capsys, resumes, hint) -> None:
     install_command(_raising(KeyboardInterrupt()), resumes=resumes)

@@ -6,7 +6,7 @@ The exit code is 1 when something is broken; notes do not count.
 import argparse
 from pathlib import Path
 
-from mlx_optiq_ext.cli import health, kernels
+from mlx_optiq_ext.cli import backend, health, kernels
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.cli.health import Finding
 from mlx_optiq_ext.formats.arguments import add_options, options_from
@@ -40,6 +40,7 @@ def examine(*, network: bool = False) -> list[Finding]:
     """
     findings = [health.check_platform(), health.check_python(), *health.check_versions()]
     findings += [health.check_memory(), health.check_disk(Path.cwd())]
+    findings.append(backend.check_back_end())
     device = kernels.check_device()
     findings.append(device)
     if device.state != "broken":
