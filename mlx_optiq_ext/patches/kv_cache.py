@@ -9,13 +9,15 @@ import inspect
 import os
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_optiq_ext.errors import PatchConflict, UsageError
 from mlx_optiq_ext.patches.bindings import replace
 from mlx_optiq_ext.patches.kv_command import fresh_caches, is_building, running
 from mlx_optiq_ext.patches.patch import Patch, Undo, require_callable
-from mlx_optiq_ext.types.kv import KVConfig
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.types.kv import KVConfig
 
 __all__ = ["PATCH"]
 
@@ -117,12 +119,13 @@ def _wrap(original: Any) -> Any:
     return make_prompt_cache
 
 
-def _config(given: Any) -> KVConfig:
+def _config(given: Any) -> "KVConfig":
     """A configuration from what callers may pass: itself, a path, or the content of such a file."""
+    from mlx_optiq_ext.formats.kv_config import kv_config_from, read_kv_config  # deferred: only who asks
+    from mlx_optiq_ext.types.kv import KVConfig
+
     if isinstance(given, KVConfig):
         return given
-    from mlx_optiq_ext.formats.kv_config import kv_config_from, read_kv_config  # deferred: only who asks
-
     if isinstance(given, str | os.PathLike):
         return read_kv_config(os.fspath(given))
     if isinstance(given, dict | list):

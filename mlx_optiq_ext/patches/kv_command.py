@@ -10,10 +10,12 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_optiq_ext.errors import OptiqError
-from mlx_optiq_ext.types.kv import KVConfig
+
+if TYPE_CHECKING:  # every import of mlx-lm comes here, and few of them ask for caches
+    from mlx_optiq_ext.types.kv import KVConfig
 
 __all__ = ["KVCommand", "command", "fresh_caches", "is_building", "running"]
 
@@ -57,7 +59,7 @@ class KVCommand:
 
 _running: KVCommand | None = None
 _building: ContextVar[bool] = ContextVar("_building", default=False)
-_templates: list[tuple[weakref.ref[Any], int | None, KVConfig, list[Any]]] = []
+_templates: "list[tuple[weakref.ref[Any], int | None, KVConfig, list[Any]]]" = []
 
 
 def running() -> KVCommand | None:
@@ -81,7 +83,7 @@ def is_building() -> bool:
     return _building.get()
 
 
-def fresh_caches(model: Any, config: KVConfig, max_kv_size: int | None) -> list[Any]:
+def fresh_caches(model: Any, config: "KVConfig", max_kv_size: int | None) -> list[Any]:
     """Empty caches of a model; the first set is remembered and copied, so that all share their layouts.
 
     Raises:

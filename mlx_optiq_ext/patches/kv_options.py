@@ -6,14 +6,16 @@ Stays light until one of them is given. Called by ``kv_commands``.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mlx_optiq_ext.errors import ModelError, PatchUnsupported, UsageError
 from mlx_optiq_ext.patches import kv_cache
 from mlx_optiq_ext.patches.kv_command import running
-from mlx_optiq_ext.types.kv import KVConfig
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.types.kv import KVConfig
 
 __all__ = ["with_kv_options"]
 
@@ -54,7 +56,7 @@ def with_kv_options(parser: argparse.ArgumentParser, *, opens_caches: bool) -> a
     return parser
 
 
-def _config(given: argparse.Namespace, *, opens_caches: bool) -> KVConfig | None:
+def _config(given: argparse.Namespace, *, opens_caches: bool) -> "KVConfig | None":
     """The configuration that was asked for.
 
     Raises:
@@ -88,7 +90,7 @@ def _config(given: argparse.Namespace, *, opens_caches: bool) -> KVConfig | None
     return msgspec.structs.replace(config, recent=given.kv_recent)
 
 
-def _require_fit(given: argparse.Namespace, config: KVConfig) -> None:
+def _require_fit(given: argparse.Namespace, config: "KVConfig") -> None:
     """Refuse a model that the configuration does not fit before its weights are read.
 
     A model that cannot be had, or that is chosen later, is left to the command.

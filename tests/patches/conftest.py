@@ -49,11 +49,15 @@ class Environment:
         (self.site / "outer.pth").write_text("\n".join(sorted(outer)) + "\n")
         return self
 
+    def variables(self) -> dict[str, str]:
+        """What its processes find in their environment."""
+        env = {name: value for name, value in os.environ.items() if name not in OUR_VARIABLES}
+        return env | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
     def run(self, *words: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run the environment's Python with these arguments."""
-        env = {name: value for name, value in os.environ.items() if name not in OUR_VARIABLES}
-        env |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | variables
         command = [str(self.python), *map(str, words)]
+        env = self.variables() | variables
         return subprocess.run(
             command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False
         )
@@ -128,13 +132,16 @@ def exact_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in float32, with heads that a group divides, and a chat template."""
     folder = tmp_path_factory.mktemp("model") / "exact-llama"
     # Float32: a batch and a single row give the same tokens, whatever kernels they run on.
-    write_llama(folder, head_dim=32, torch_dtype="float32", vocab_size=257)
+    write_llama(folder, 4.0, head_dim=32, torch_dtype="float32", vocab_size=257, tie_word_embeddings=False)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     return folder
 
 
-def write_llama(folder: Path, **changes: Any) -> Path:
-    """Write a random two-block Llama with these changes of its config."""
+def write_llama(folder: Path, spread: float = 1.0, **changes: Any) -> Path:
+    """Write a random two-block Llama with these changes of its config.
+
+    Its matrices are multiplied by ``spread``: with more than 1 what it attends to decides the next token.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.llama import Model, ModelArgs
@@ -165,7 +172,10 @@ def write_llama(folder: Path, **changes: Any) -> Path:
     mx.random.seed(0)
     weights = dict(tree_flatten(Model(ModelArgs.from_dict(config)).parameters()))
     dtype = getattr(mx, config["torch_dtype"])
-    cast = {name: weight.astype(dtype) for name, weight in weights.items()}
+    cast = {
+        name: (weight * (spread if weight.ndim == 2 else 1.0)).astype(dtype)
+        for name, weight in weights.items()
+    }
     mx.save_safetensors(str(folder / "model.safetensors"), cast, metadata={"format": "pt"})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -5,6 +5,7 @@ import inspect
 import types
 
 import mlx.core as mx
+import msgspec
 import pytest
 
 import mlx_optiq_ext
@@ -194,8 +195,10 @@ def test_only_a_draft_model_keeps_stock_caches_and_says_so_once(cache_module, mo
 
     draft = load(str(exact_llama))[0]
     draft.model.layers = draft.model.layers[:1]
+    # Without a recent window: what is exact there depends on how many tokens are checked at once.
+    config = msgspec.structs.replace(CONFIG, recent=0)
     with kv_command.command("mlx_lm.generate") as asked:
-        asked.config = CONFIG
+        asked.config = config
         with pytest.raises(FingerprintMismatch):
             cache_module.make_prompt_cache(draft)
         for _ in range(2):
@@ -205,7 +208,43 @@ def test_only_a_draft_model_keeps_stock_caches_and_says_so_once(cache_module, mo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mlx_lm.generate: the draft model keeps stock KV caches: ")
     # Where every drafted token is checked with the same caches, drafting changes nothing.
-    assert drafted == tokens(model, cache_module.make_prompt_cache(model, kv_config=CONFIG))
+    assert drafted == tokens(model, cache_module.make_prompt_cache(model, kv_config=config))
+
+
+def provider(stock_modules, model_folder, draft=None):
+    """The server's model store, with its model loaded."""
+    given = argparse.Namespace(
+        model=str(model_folder),
+        adapter_path=None,
+        draft_model=None if draft is None else str(draft),
+        trust_remote_code=False,
+        chat_template="",
+        use_default_chat_template=False,
+        pipeline=False,
+    )
+    made = stock_modules["mlx_lm.server"].ModelProvider(given)
+    made.load_default()
+    return made
+
+
+def test_the_server_batches_models_with_our_caches(cache_module, stock_modules, exact_llama):
+    with kv_command.command("mlx_lm.server") as asked:
+        asked.config = CONFIG
+        assert provider(stock_modules, exact_llama).is_batchable
+
+
+def test_the_server_notes_its_draft_model(cache_module, stock_modules, exact_llama, tiny_llama, capsys):
+    with kv_command.command("mlx_lm.server") as asked:
+        asked.config = CONFIG
+        # Heads of 16 numbers, which group 32 does not divide.
+        served = provider(stock_modules, exact_llama, tiny_llama)
+        assert isinstance(cache_module.make_prompt_cache(served.model)[0], MixedKVCache)
+        assert isinstance(cache_module.make_prompt_cache(served.draft_model)[0], cache_module.KVCache)
+    assert "mlx_lm.server: the draft model keeps stock KV caches: " in capsys.readouterr().err
+    with kv_command.command("mlx_lm.server") as asked:
+        asked.config = CONFIG
+        with pytest.raises(UsageError, match="which group 32 does not divide"):
+            provider(stock_modules, tiny_llama)
 
 
 def test_a_class_of_that_name_from_someone_else_is_a_conflict(stock_modules, monkeypatch):

@@ -112,7 +112,9 @@ def test_importing_mlx_lm_loads_none_of_the_pipeline(hooked, tmp_path):
     code = "import sys, mlx_lm; print(*(m for m in sys.modules if m.startswith('mlx_optiq_ext.')), sep='\\n')"
     loaded = set(hooked.run("-c", code, cwd=tmp_path).stdout.split())
     assert "mlx_optiq_ext.patches.registry" in loaded
-    assert not {name for name in loaded if name.split(".")[1] in {"quant", "measure", "models", "hub", "cli"}}
+    assert not {
+        name for name in loaded if name.split(".")[1] in {"quant", "kv", "measure", "models", "hub", "cli"}
+    }
 
 
 def test_an_unsupported_mlx_lm_is_left_alone_with_one_line(hooked, tmp_path):
