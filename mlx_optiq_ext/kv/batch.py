@@ -149,8 +149,6 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             self._lengths = self._lengths[rows]
         surplus = min(_integers(self.left_padding), default=0)
         if surplus > 0:
-            # A row that is padded has slid nowhere: the longest one is all that was ever seen.
-            self.seen = self.store.used - surplus
             self.left_padding = self.left_padding - surplus
             if self.store.parts:
                 self.store.drop(0, surplus)

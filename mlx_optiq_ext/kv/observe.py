@@ -104,11 +104,16 @@ def _observe(model: nn.Module, max_kv_size: int | None) -> CacheMap:
             f"{type(model).__module__}: the model does not run on a few tokens with its own caches "
             f"({error}); nothing can be said about its KV cache"
         ) from error
-    sites = tuple(notes.site(where, cache) for where, cache in _spied(spies) if where in notes.shapes)
+    found = [notes.site(where, cache) for where, cache in _spied(spies) if where in notes.shapes]
+    sites = tuple(site for site in found if site.value_dim)
     refused = tuple(
         (f"{i}" if m is None else f"{i}.{m}", f"{kind.__name__} is not stored otherwise; left as it is")
         for (i, m), kind in kinds.items()
         if kind not in (KVCache, RotatingKVCache) and hasattr(kind, "update_and_fetch")
+    ) + tuple(
+        (site.name, "keys of an indexer, on which the model itself computes; left as they are")
+        for site in found
+        if not site.value_dim
     )
     if not sites:
         raise UnsupportedModel(
@@ -153,7 +158,9 @@ def _spy(cache: Any, notes: _Notes, where: tuple[int, int | None]) -> Any | None
         spied = where
 
         def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-            notes.shapes.setdefault(where, (notes.layer, keys.shape, values.shape))
+            is_indexer = values is keys and where[1] is not None
+            value_shape = (*keys.shape[:3], 0) if is_indexer else values.shape
+            notes.shapes.setdefault(where, (notes.layer, keys.shape, value_shape))
             return super().update_and_fetch(keys, values)
 
     spy = Spy.__new__(Spy)

@@ -142,7 +142,7 @@ def _check(case: dict[str, Any]) -> None:
             np.testing.assert_array_equal(before, np.array(after))
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(_cases())
 def test_attention_over_stored_columns_equals_attention_over_unpacked_ones(case: dict[str, Any]) -> None:
     _check(case)

@@ -65,7 +65,7 @@ _SINGLE = st.lists(
 )
 
 
-@settings(max_examples=120)
+@settings(max_examples=120, deadline=None)
 @given(_layouts(kept=(0, 0, 2, 4)), _SINGLE, st.sampled_from([None, None, 3]), st.integers(0, 2**31))
 def test_one_row_shows_every_token_packed_alone(
     layout: Layout, steps: list[tuple[str, int]], reach: int | None, seed: int
@@ -190,7 +190,7 @@ _ACTIONS = ("block", "padded", "left_padded", "extend", "filter", "extract", "tr
 _BATCH = st.lists(st.tuples(st.sampled_from(_ACTIONS), st.integers(1, 9)), min_size=1, max_size=8)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(_layouts(), _BATCH, st.sampled_from([None, None, 3]), st.integers(0, 2**31))
 def test_rows_of_a_batch_show_what_they_show_alone(
     layout: Layout, steps: list[tuple[str, int]], reach: int | None, seed: int
