@@ -177,6 +177,8 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             joined = ExactEnds(self.layout.recent, self.layout.first)
             joined.join([(self.ends, rows[0]), (other.ends, rows[1])], self.store)
             self.ends = joined
+        else:  # rows that were rewound to nothing
+            self.store, self.ends = Store(self.layout), ExactEnds(self.layout.recent, self.layout.first)
         self.left_padding = mx.concatenate(
             [self.left_padding + (columns - held), other.left_padding + (columns - added)]
         )

@@ -247,6 +247,17 @@ def test_caches_of_different_storage_are_not_joined() -> None:
         MixedKVCache.merge([one]).extend(MixedKVCache.merge([other]))
 
 
+def test_rows_rewound_to_nothing_join_empty_ones() -> None:
+    layout = _plain(recent=4)
+    batch = MixedKVCache.merge([MixedKVCache(layout)])
+    batch.update_and_fetch(mx.zeros((1, HEADS, 3, 32)), mx.zeros((1, HEADS, 3, 64)))
+    assert batch.trim(3) == 3
+    batch.extend(MixedKVCache.merge([MixedKVCache(layout)]))
+    ledger = Ledger(layout, 0)
+    ledger.update(batch, [Row(layout), Row(layout)], 2, [2, 2], None)
+    assert batch.offset.tolist() == [2, 2]
+
+
 def test_padding_that_makes_no_sense_is_refused() -> None:
     batch = BatchMixedKVCache(_plain(), [0, 0])
     with pytest.raises(UsageError, match="lengths"):
