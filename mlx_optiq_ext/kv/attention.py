@@ -5,6 +5,8 @@ not grow with queries × keys. Never changes its caller's arrays. Called through
 ``patches.attention`` and by the caches' tests.
 """
 
+import math
+
 import mlx.core as mx
 
 from mlx_optiq_ext.kv.store import kernel_tile
@@ -91,8 +93,8 @@ def _shift(queries: mx.array, keys: Stored) -> mx.array | None:
         return None
     batch, num_queries, length, dim = queries.shape
     heads = keys.shape[1]
-    grouped = queries.reshape(batch, heads, num_queries // heads * length, dim)
-    products = grouped @ keys.codec.mean_as(queries.dtype).swapaxes(-1, -2)
+    grouped = queries.reshape(batch, heads, num_queries // heads * length, dim).astype(mx.float32)
+    products = grouped @ keys.codec.mean_as(mx.float32).swapaxes(-1, -2)
     return products.reshape(batch, num_queries, length, 1) / keys.codec.product_scale
 
 
@@ -101,15 +103,17 @@ def _short(queries: mx.array, keys: Stored, values: Stored, scale: float, bias: 
     batch, num_queries, length, dim = queries.shape
     heads, columns = keys.shape[1:3]
     rows = num_queries // heads * length
-    on_cpu = mx.default_device() == mx.cpu
+    on_cpu = _on_cpu()
     # A CPU multiplies 16-bit numbers and codes many times slower than float32, and less exactly.
     grouped = queries.reshape(batch, heads, rows, dim).astype(mx.float32 if on_cpu else queries.dtype)
     read_codes = not on_cpu or rows <= _MAX_ROWS_CPU
-    scores = _scores(grouped, keys, read_codes).astype(mx.float32)
-    scores = scores.reshape(batch, num_queries, length, columns)
+    # Products that float16 cannot hold are scaled down before, by a power of two: that rounds nothing.
+    factor = 2.0 ** math.floor(math.log2(scale)) if grouped.dtype == mx.float16 and 0 < scale < 1 else 1.0
+    scores = _scores(grouped * factor if factor != 1 else grouped, keys, read_codes).astype(mx.float32)
+    scores = scores.reshape(batch, num_queries, length, columns) * (scale / factor)
     if bias.shift is not None:
-        scores = scores + bias.shift
-    scores = _masked(scores * scale, bias.mask)
+        scores = scores + bias.shift * scale
+    scores = _masked(scores, bias.mask)
     if bias.sinks is not None:
         sink = mx.broadcast_to(
             bias.sinks.astype(scores.dtype)[None, :, None, None], (batch, num_queries, length, 1)
@@ -119,6 +123,10 @@ def _short(queries: mx.array, keys: Stored, values: Stored, scale: float, bias: 
         weights = mx.softmax(scores, axis=-1)
     weights = weights.reshape(batch, heads, rows, columns).astype(grouped.dtype)
     return _weighted(weights, values, read_codes).reshape(batch, num_queries, length, values.codec.dim)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.cpu
 
 
 def _scores(grouped: mx.array, keys: Stored, read_codes: bool) -> mx.array:

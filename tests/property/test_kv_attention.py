@@ -104,6 +104,7 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
         "recent": draw(st.sampled_from([0, 0, 1, 5, 200])),
         "first": draw(st.sampled_from([0, 0, 1, 3])),
         "tile": draw(st.sampled_from([1, 64])),
+        "on_cpu": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
     }
 
@@ -127,6 +128,7 @@ def _check(case: dict[str, Any]) -> None:
     with (
         mock.patch.object(store, "kernel_tile", return_value=case["tile"]),
         mock.patch.object(attention, "kernel_tile", return_value=case["tile"]),
+        mock.patch.object(attention, "_on_cpu", return_value=case["on_cpu"]),
     ):
         cache, _, _ = _filled(rng, layout, batch, columns)
         stored = cache.keys_and_values()
@@ -150,7 +152,16 @@ def test_attention_over_stored_columns_equals_attention_over_unpacked_ones(case:
 
 @pytest.mark.parametrize("dim", _DIMS)
 def test_every_choice_works_for_keys_and_for_values_at_this_head(dim: int) -> None:
-    common = {"mask": "causal", "repeats": 2, "batch": 2, "mean": True, "recent": 3, "first": 2, "tile": 1}
+    common = {
+        "mask": "causal",
+        "repeats": 2,
+        "batch": 2,
+        "mean": True,
+        "recent": 3,
+        "first": 2,
+        "tile": 1,
+        "on_cpu": True,
+    }
     for number, choice in enumerate(_fitting(dim)):
         for length in (1, 8, 20):  # reads codes; unpacks for a few rows; unpacks for many
             case = {"length": length, "columns": 37, "sinks": number % 2 == 0, "rotate": True, "seed": number}
@@ -185,8 +196,11 @@ def test_turning_there_and_back_loses_only_the_rounding_of_the_dtype(dim: int, d
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("length", [1, 3, 20])
-def test_half_precision_models_get_their_own_dtype_and_its_accuracy(length: int, dtype: mx.Dtype) -> None:
+def test_half_precision_models_get_their_own_dtype_and_its_accuracy(
+    length: int, dtype: mx.Dtype, on_cpu: bool
+) -> None:
     rng = np.random.default_rng(3)
     mean = mx.array(rng.standard_normal((_HEADS, 64)).astype(np.float32))
     layout = Layout(
@@ -197,11 +211,25 @@ def test_half_precision_models_get_their_own_dtype_and_its_accuracy(length: int,
     queries = rng.standard_normal((1, 4, length, 64)).astype(np.float32)
     cache = MixedKVCache(layout)
     stored = cache.update_and_fetch(mx.array(keys).astype(dtype), mx.array(values).astype(dtype))
-    got = attend(mx.array(queries).astype(dtype), *stored, 0.125, "causal")
+    with mock.patch.object(attention, "_on_cpu", return_value=on_cpu):
+        got = attend(mx.array(queries).astype(dtype), *stored, 0.125, "causal")
     assert got.dtype == dtype
     expected = _expected(queries, *stored, 0.125, "causal", None)
     tolerance = 0.05 if dtype == mx.bfloat16 else 0.007  # a few roundings of numbers up to 3
     np.testing.assert_allclose(np.array(got.astype(mx.float32)), expected, rtol=0, atol=tolerance)
+
+
+def test_products_beyond_float16_do_not_overflow() -> None:
+    rng = np.random.default_rng(4)
+    four = Codec(Choice(bits=4, group_size=32), 64)
+    keys = np.full((1, _HEADS, 20, 64), 50.0) + rng.standard_normal((1, _HEADS, 20, 64))
+    queries = np.full((1, 4, 1, 64), 50.0)  # products of 160,000: float16 ends at 65,504
+    values = rng.standard_normal((1, _HEADS, 20, 64))
+    cache = MixedKVCache(Layout(four, four))
+    stored = cache.update_and_fetch(*(mx.array(x.astype(np.float16)) for x in (keys, values)))
+    with mock.patch.object(attention, "_on_cpu", return_value=False):
+        got = attend(mx.array(queries.astype(np.float16)), *stored, 0.125)
+    assert mx.isfinite(got).all().item()
 
 
 def test_exact_ends_come_back_as_they_went_in_and_eight_bits_nearly_so() -> None:
