@@ -158,7 +158,8 @@ class Store:
         window = self.layout.window
         capacity = -(-needed // GROWTH) * GROWTH
         if window is not None:
-            capacity = max(needed, min(capacity, window + self.layout.slack))
+            tile = kernel_tile()
+            capacity = -(-max(needed, min(capacity, window + self.layout.slack)) // tile) * tile
         room = [mx.zeros((*new.shape[:2], capacity - self.used, new.shape[3]), new.dtype) for new in like]
         if self.used:
             held = [part[..., : self.used, :] for part in self.parts]
