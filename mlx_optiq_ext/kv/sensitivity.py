@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_optiq_ext.errors import MeasurementError
+from mlx_optiq_ext.errors import MeasurementError, UnsupportedModel
 from mlx_optiq_ext.kv.build import encode_mean
 from mlx_optiq_ext.kv.codec import Codec
 from mlx_optiq_ext.kv.gradients import CacheReverse, cache_tape, tensor_name
@@ -46,6 +46,8 @@ class EstimateSettings(NamedTuple):
     """Sampled labels per position."""
     seed: int = 0
     """Of the labels."""
+    values_rotated: tuple[int, ...] = ()
+    """Blocks whose weights make rotated values already; theirs are measured as they come."""
 
 
 class CacheEstimates(NamedTuple):
@@ -86,20 +88,22 @@ def estimate_divergences(
         progress: Stages ``forward`` and ``measure``.
     Raises:
         MeasurementError: Gradients are not finite, or a block gave none at all.
+        UnsupportedModel: Blocks read the content of other blocks' caches.
     Cost: per length one forward, and per sample one recomputation and one backward, one block in memory.
     """
-    rotate, samples, seed = settings
+    rotate, samples, seed, folded = settings
     sums: dict[tuple[str, KVTensor], list[Floats]] = {}
     means = _KeyMeans()
     for number, windows in enumerate(text):
         for site, tensor, captures in _captured(model, caches, windows, samples, seed + number, progress):
             key = (site.name, tensor)
             codec_mean = means.of(site, captures) if rotate and tensor == "k" else None
+            dim, rotated = captures[0].g.shape[-1], tensor == "v" and site.layer in folded
             costs = [
-                _divergence(captures, Codec(choice, captures[0].g.shape[-1], rotate=rotate, mean=codec_mean))
+                _divergence(captures, Codec(choice, dim, rotate=rotate, mean=codec_mean, rotated=rotated))
                 for choice in candidates[key]
             ]
-            sums.setdefault(key, []).append(np.array(costs) / samples)
+            sums.setdefault(key, []).append(np.array(costs))
     probes, silent = [], []
     for site in caches.sites:
         for tensor in ("k", "v"):
@@ -148,7 +152,14 @@ def _captured(
     """Every tensor of every cache with its gradient, all windows together."""
     tape, switch = cache_tape(model, caches, mx.array(windows.tokens))
     detail, total = f"{windows.length} tokens", len(tape.blocks)
-    tape.forward(lambda done: progress(Progress(stage="forward", done=done, total=total, detail=detail)))
+    try:
+        tape.forward(lambda done: progress(Progress(stage="forward", done=done, total=total, detail=detail)))
+    except AttributeError as error:
+        raise UnsupportedModel(
+            f"{type(model).__module__}: blocks reach into each other's caches ({error}), so what one of them "
+            "stores cannot be measured alone; write a kv_config.json by hand and try it with "
+            "`optiq score --kv-config`"
+        ) from error
 
     def cotangent(item: int, logits: mx.array) -> mx.array:
         return sampled_label_gradient(logits, mx.random.key(seed * 1_000_003 + item))
