@@ -20,6 +20,7 @@ from mlx_optiq_ext.eval.kv_score import CacheNumbers, NamedConfig, score_caches
 from mlx_optiq_ext.eval.prepare import make_exact, parameter_nbytes
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.allocate import CacheCandidate, candidates_within, layers_of, stored_bits
+from mlx_optiq_ext.kv.fold import rotated_blocks
 from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.kv.sensitivity import (
     CacheEstimates,
@@ -78,7 +79,8 @@ def plan_cache(
     Cost: per prefix length one forward and, per label sample, one recomputation and one backward pass; then
         one forward per candidate over the held-out text.
     """
-    model, _ = load_model(ref, trust_remote_code=options.trust_remote_code)
+    model, model_config = load_model(ref, trust_remote_code=options.trust_remote_code)
+    folded = rotated_blocks(model_config)
     weights = parameter_nbytes(model)
     caches = observe(model)
     candidates = _candidates(caches, options)
@@ -93,7 +95,8 @@ def plan_cache(
     if known is not None and reused:
         table = replace(known, scores=())
     else:
-        table = _measure(model, caches, candidates, text, options, progress)
+        how = EstimateSettings(options.rotate, options.label_samples, options.seed, folded)
+        table = _measure(model, caches, candidates, text, how, progress)
         table = replace(table, model=model_id, settings=settings)
         on_table(table)
     found = candidates_within(table, options.target_bits, options.context)
@@ -161,22 +164,22 @@ def _measure(
     caches: CacheMap,
     candidates: dict[tuple[str, KVTensor], tuple[Choice, ...]],
     text: Sessions,
-    options: KVCacheOptions,
+    how: EstimateSettings,
     progress: ProgressSink,
 ) -> KVSensitivity:
     if not text.windows:
         raise MeasurementError(f"no prefix can be measured: {'; '.join(text.info.notes)}")
     model.train()  # gives the differentiable form of kernels that have no gradient
     windows = [KVTokens(length, tokens) for length, tokens in text.windows.items()]
-    settings = EstimateSettings(options.rotate, options.label_samples, options.seed)
-    estimates = estimate_divergences(model, caches, windows, candidates, settings, progress)
+    estimates = estimate_divergences(model, caches, windows, candidates, how, progress)
     model.eval()
     mx.clear_cache()
     return KVSensitivity(
         calibration=text.info,
         lengths=tuple(text.windows),
         sites=caches.sites,
-        rotate=options.rotate,
+        rotate=how.rotate,
+        values_rotated=how.values_rotated,
         probes=estimates.probes,
         key_means=estimates.key_means,
         refused=(*caches.refused, *_refused(candidates, estimates)),

@@ -23,6 +23,7 @@ from mlx_optiq_ext.convert.given import (
     match_correction,
     restrict_candidates,
 )
+from mlx_optiq_ext.convert.opening import open_source
 from mlx_optiq_ext.convert.rewrite import Rewriter
 from mlx_optiq_ext.convert.scoring import measured_divergence, score_conversion
 from mlx_optiq_ext.convert.table import outline_table, read_table
@@ -30,12 +31,13 @@ from mlx_optiq_ext.formats.atomic import atomic_folder, check_disk_space, requir
 from mlx_optiq_ext.formats.metadata import write_metadata
 from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, write_sensitivity
 from mlx_optiq_ext.hub.upload import check_upload, upload_folder
+from mlx_optiq_ext.kv.fold import rotated_blocks
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
 from mlx_optiq_ext.quant.bitmap import allocate
 from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.journal import discard_journal
 from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
-from mlx_optiq_ext.quant.reference import Reference, open_reference
+from mlx_optiq_ext.quant.reference import Reference
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.quant.verify import verify_checkpoint
 from mlx_optiq_ext.quant.write import CheckpointWriter
@@ -50,7 +52,6 @@ from mlx_optiq_ext.types.verify import VerifyReport
 __all__ = ["ConversionResult", "convert_model", "expand_bit_map", "work_folder"]
 
 _JOURNAL = "journal.jsonl"
-_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _REWRITE_TOKENS = 8192
 """Tokens whose inputs weigh the rounding error: more than are needed to rank tensors."""
 
@@ -77,6 +78,8 @@ class ConversionResult(msgspec.Struct, frozen=True, kw_only=True):
     peak_nbytes: int = 0
     """Most memory that MLX held at once."""
     notes: tuple[str, ...] = ()
+    values_rotated: tuple[int, ...] = ()
+    """Blocks whose weights make rotated values."""
 
 
 def work_folder(out: Path) -> Path:
@@ -117,7 +120,7 @@ def convert_model(
         ref, options.measure, journal_file=work_folder(out) / _JOURNAL, progress=progress, reference=reference
     )
     allocation = replace(_allocate(table, options, reference), correction=_level(options))
-    bit_map = expand_bit_map(table, allocation)
+    bit_map, edits = expand_bit_map(table, allocation), reference.edit_notes
     with atomic_folder(out) as folder:
         fallbacks = _write(reference, table, bit_map, options, folder, progress)
         result = ConversionResult(
@@ -125,7 +128,8 @@ def convert_model(
             allocation=allocation,
             forward_equivalents=table.forward_equivalents,
             peak_nbytes=int(mx.get_peak_memory()),
-            notes=(*table.notes, *_table_notes(table, options), *_fallback_notes(fallbacks)),
+            notes=(*table.notes, *edits, *_table_notes(table, options), *_fallback_notes(fallbacks)),
+            values_rotated=rotated_blocks(reference.config),
         )
         del reference
         mx.clear_cache()
@@ -161,8 +165,7 @@ def _check(ref: ModelRef, options: ConvertOptions, out: Path, names: Collection[
     check_given(options, names)
     if options.upload_repo:
         check_upload(options.upload_repo)
-    reference = open_reference(ref, options.measure)
-    _set_dtype(reference, options)
+    reference = open_source(ref, options)
     given = read_table(Path(options.sensitivity), reference) if options.sensitivity else None
     if given is not None:
         options = match_correction(given, options, names)
@@ -172,11 +175,6 @@ def _check(ref: ModelRef, options: ConvertOptions, out: Path, names: Collection[
     if _level(options) != "none":
         _rewrite_windows(reference, options)
     return _Checked(reference, given, options)
-
-
-def _set_dtype(reference: Reference, options: ConvertOptions) -> None:
-    if options.dtype != "auto":
-        reference.stored_dtype = _DTYPES[options.dtype]
 
 
 def _allocate(table: SensitivityTable, options: ConvertOptions, reference: Reference) -> Allocation:
@@ -280,6 +278,7 @@ def _describe(
         allocation=result.allocation,
         measured=measured_divergence(result.score) if result.score else None,
         verification=result.verification,
+        values_rotated=result.values_rotated,
         command=command_line(ref, options, Path(result.out)),
         seconds=result.seconds,
         notes=result.notes,

@@ -116,6 +116,7 @@ def layers_of(table: KVSensitivity, choices: Mapping[Place, Choice]) -> tuple[KV
             k=choices[site.name, "k"],
             v=choices[site.name, "v"],
             key_mean=mean if choices[site.name, "k"] != KEEP else "",
+            values_rotated=site.layer in table.values_rotated,
         )
         for site, mean in zip(table.sites, means, strict=True)
     )

@@ -34,7 +34,13 @@ class _Line(msgspec.Struct, frozen=True):
     gain: list[float] | None = None
 
 
-def journal_key(model: ModelFingerprint, windows: Windows, options: MeasureOptions, float_dtype: str) -> str:
+def journal_key(
+    model: ModelFingerprint,
+    windows: Windows,
+    options: MeasureOptions,
+    float_dtype: str,
+    edited: str = "",
+) -> str:
     """Hash of everything that the costs depend on; the code that measures is part of it.
 
     Args:
@@ -42,6 +48,7 @@ def journal_key(model: ModelFingerprint, windows: Windows, options: MeasureOptio
         windows: The tokens themselves count, which another tokenizer makes of the same text.
         options: How it is measured.
         float_dtype: Stored type of scales and biases.
+        edited: What was done to the weights before (:attr:`Reference.edited`).
     """
     relevant = {
         name: value for name, value in msgspec.structs.asdict(options).items() if name not in _NOT_IN_KEY
@@ -50,6 +57,7 @@ def journal_key(model: ModelFingerprint, windows: Windows, options: MeasureOptio
     parts = [
         *(model.sha256, windows.info.sha256, windows.info.domains, tokens.shape, str(tokens.dtype)),
         *(relevant, float_dtype, measuring_code()),
+        *((edited,) if edited else ()),
     ]
     digest = hashlib.sha256(msgspec.json.encode(parts, order="sorted"))
     digest.update(tokens.tobytes())

@@ -5,7 +5,7 @@ Knows how a model is held (resident or one block at a time); not what is measure
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,10 @@ class Reference:
         self._may_cast = getattr(self.model, "cast_predicate", lambda _: True)
         cast_floats(self.model, self.dtype)
         self._unpackable: set[str] | None = None
+        self._edits: list[Callable[[nn.Module], None]] = []
+        self.edited = ""
+        """Names what was done to the weights; measurements of other weights are others."""
+        self.edit_notes: tuple[str, ...] = ()
         self.model.train()  # gives the differentiable form of kernels that have no gradient
 
     def units(self, candidates: tuple[Choice, ...]) -> tuple[Unit, ...]:
@@ -90,7 +94,22 @@ class Reference:
         """The same model again with lazy weights."""
         model, _ = load_model(self.ref, trust_remote_code=self._trust)
         cast_floats(model, self.dtype)
+        for change in self._edits:
+            change(model)
         return model
+
+    def edit(self, change: Callable[[nn.Module], None], name: str, notes: tuple[str, ...] = ()) -> None:
+        """Change the weights, here and in every :meth:`fresh` model, before anything is done with them.
+
+        Args:
+            change: Replaces parameters by lazy ones of the same shape and type, in the compute type.
+            name: What it does and where, for the key of a measurement.
+            notes: What a reader of the result should know.
+        """
+        change(self.model)
+        self._edits.append(change)
+        self.edited = "; ".join(filter(None, (self.edited, name)))
+        self.edit_notes = (*self.edit_notes, *notes)
 
     def written_dtype(self, name: str, dtype: mx.Dtype) -> mx.Dtype:
         """Type that an unquantized parameter is stored in: ``dtype`` where the family lets it be cast.

@@ -96,7 +96,7 @@ def measure_sensitivity(
         num_tokens=options.num_tokens,
         window=options.window,
     )
-    key = journal_key(fingerprint(ref), windows, options, str(reference.stored_dtype))
+    key = journal_key(fingerprint(ref), windows, options, str(reference.stored_dtype), reference.edited)
     journal = Journal.open(journal_file, key, resume=options.resume)
     total = sum(len(unit.paths) for unit in units)
     announcement = journal.announcement(total)

@@ -145,6 +145,8 @@ class KVSensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Per site as in :attr:`KVLayer.key_mean`; empty where keys are not centred."""
     scores: tuple[KVScore, ...] = ()
     """Whole configurations that were run on the held-out split, best first."""
+    values_rotated: tuple[int, ...] = ()
+    """Blocks whose weights make rotated values already: theirs were not rotated again."""
     refused: tuple[tuple[str, str], ...] = ()
     """(cache, reason) of caches left in full precision."""
     notes: tuple[str, ...] = ()

@@ -58,6 +58,8 @@ class CheckpointMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     measured: MeasuredDivergence | None = None
     """Beside ``allocation.predicted_divergence``; None where nothing was scored."""
     verification: VerifyReport | None = None
+    values_rotated: tuple[int, ...] = ()
+    """Blocks whose weights make rotated values, as config.json says under ``optiq_kv``."""
     command: str = ""
     """What a reader would run to make this checkpoint again."""
     seconds: float = 0.0

@@ -118,6 +118,13 @@ class ConvertOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Literal["auto", "float16", "bfloat16", "float32"],
         _d("Type of unquantized tensors, scales and biases."),
     ] = "auto"
+    rotate_values: Annotated[
+        bool,
+        _d(
+            "Rotate cached values in the weights (the same function): a stored KV cache then need not do it. "
+            "Blocks where that is not exact are left alone and named."
+        ),
+    ] = False
     verify: Annotated[
         bool, _d("Reload with stock mlx-lm in a fresh process and compare plan, config and bytes.")
     ] = True
