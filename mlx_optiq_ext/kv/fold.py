@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_optiq_ext.errors import UnsupportedModel
 from mlx_optiq_ext.kv.codec import rotation_order
 from mlx_optiq_ext.kv.observe import observe
 from mlx_optiq_ext.models.families import find_blocks
@@ -87,7 +88,7 @@ def find_folds(model: nn.Module) -> FoldPlan:
     Args:
         model: Dense, float32, weights lazy; for this alone, since the weights of blocks are let go.
     Raises:
-        UnsupportedModel: See :func:`~mlx_optiq_ext.kv.observe.observe`.
+        UnsupportedModel: See :func:`~mlx_optiq_ext.kv.observe.observe`; or it does not run on the CPU.
     Cost: two passes of 8 tokens through every attention module, on the CPU; one module in memory.
     """
     sites: dict[int, list[KVSite]] = {}
@@ -228,9 +229,15 @@ def _differing(model: nn.Module, folds: Sequence[ValueFold]) -> dict[int, str]:
         return original(*args, **kwargs)
 
     modules = [get_module(model, fold.attention) for fold in folds]
-    with mx.stream(mx.cpu), intercepted(modules, compare):
-        run: Any = model
-        run(mx.zeros((1, _TOKENS), dtype=mx.int32), cache=make_prompt_cache(model))
+    run: Any = model
+    try:
+        with mx.stream(mx.cpu), intercepted(modules, compare):
+            run(mx.zeros((1, _TOKENS), dtype=mx.int32), cache=make_prompt_cache(model))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"{type(model).__module__}: its attention cannot be compared with and without rotated values "
+            f"({error}); leave the values as they are"
+        ) from error
     wrong = {fold.block: seen.get(fold.block, "the attention was not run") for fold in folds}
     return {block: reason for block, reason in wrong.items() if reason}
 
