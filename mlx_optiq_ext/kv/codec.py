@@ -49,6 +49,7 @@ class Codec:
         self.rotate, self.rotated = rotate and not rotated, rotated
         self.mean = mean
         self._mean_as: dict[mx.Dtype, mx.array] = {}
+        self._turned_as: dict[mx.Dtype, mx.array] = {}
 
     @property
     def is_packed(self) -> bool:
@@ -67,24 +68,22 @@ class Codec:
 
     def transform(self, x: mx.array) -> mx.array:
         """Into stored coordinates: (x − mean)·S/c; lazy, same shape and dtype."""
-        if self.mean is not None:
-            x = x - self.mean_as(x.dtype)
-        return self.turn(x)
+        if self.mean is None or not self.rotate:
+            return self.turn(x if self.mean is None else x - self.mean_as(x.dtype))
+        return mx.addmm(self._turned_mean(x.dtype), x, self._turning(x.dtype), beta=-1.0)
 
     def turn(self, x: mx.array) -> mx.array:
         """x·S/c, for queries as well; lazy."""
-        if not self.rotate:
-            return x
-        return (x @ _signs(self.dim, x.dtype)) * (1.0 / self.divisor)
+        return x @ self._turning(x.dtype) if self.rotate else x
 
     def turn_back(self, x: mx.array) -> mx.array:
         """The inverse of :meth:`turn`; lazy."""
         if not self.rotate:
             return x
-        turned = x @ _signs(self.dim, x.dtype).T
         factor = self.divisor / rotation_order(self.dim)
         if math.log2(factor).is_integer():
-            return turned * factor
+            return x @ _scaled_signs(self.dim, factor, x.dtype).T
+        turned = x @ _scaled_signs(self.dim, 1.0, x.dtype).T
         return (turned.astype(mx.float32) * factor).astype(x.dtype)
 
     @property
@@ -140,6 +139,18 @@ class Codec:
             self._mean_as[dtype] = mean
         return self._mean_as[dtype]
 
+    def _turning(self, dtype: mx.Dtype) -> mx.array:
+        """S/c: exact in 16 bits, for c is a power of two."""
+        return _scaled_signs(self.dim, 1.0 / self.divisor, dtype)
+
+    def _turned_mean(self, dtype: mx.Dtype) -> mx.array:
+        """mean·S/c as (1, H, 1, D), rounded once."""
+        if dtype not in self._turned_as:
+            mean = self.mean_as(mx.float32) @ self._turning(mx.float32)
+            self._turned_as[dtype] = mean.astype(dtype)
+            mx.eval(self._turned_as[dtype])
+        return self._turned_as[dtype]
+
 
 def rotation_order(dim: int) -> int:
     """n of S·Sᵀ = n · I for :func:`hadamard_matrix`: ``dim``, or the block where no such matrix is known."""
@@ -173,8 +184,8 @@ def hadamard_matrix(dim: int) -> mx.array:
 
 
 @functools.cache
-def _signs(dim: int, dtype: mx.Dtype) -> mx.array:
-    signs = hadamard_matrix(dim).astype(dtype)
+def _scaled_signs(dim: int, factor: float, dtype: mx.Dtype) -> mx.array:
+    signs = (hadamard_matrix(dim) * factor).astype(dtype)
     mx.eval(signs)
     return signs
 
