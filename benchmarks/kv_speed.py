@@ -101,10 +101,10 @@ def _measure(model: llama.Model, shape: str, context: int, steps: int) -> list[d
             continue
         median = float(np.median(taken[5:]))
         held = sum(cache.nbytes for cache in filled[label])
-        rows.append({"shape": shape, "context": context, "storage": label, "ms": 1e3 * median,
-                     "ratio": median / full, "bytes": held})  # fmt: skip
-        print(f"{shape:6} {context:6} {label:36} {1e3 * median:8.3f} ms  × {median / full:.3f}  {held / 1e6:9.1f} MB",
-              flush=True)  # fmt: skip
+        row = {"shape": shape, "context": context, "storage": label, "ms": 1e3 * median}
+        rows.append({**row, "ratio": median / full, "bytes": held})
+        text = f"{shape:6} {context:6} {label:36} {1e3 * median:8.3f} ms  × {median / full:.3f}"
+        print(f"{text}  {held / 1e6:9.1f} MB", flush=True)
     return rows
 
 

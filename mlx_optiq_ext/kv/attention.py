@@ -5,11 +5,11 @@ not grow with queries × keys. Never changes its caller's arrays. Called through
 ``patches.attention`` and by the caches' tests.
 """
 
+import functools
 import math
 
 import mlx.core as mx
 
-from mlx_optiq_ext.kv.store import kernel_tile
 from mlx_optiq_ext.kv.stored import Exact, Stored
 
 __all__ = ["MAX_SHORT", "attend"]
@@ -58,10 +58,15 @@ def attend(
 def unpacks_always() -> bool:
     """Whether codes are never read directly: on CUDA.
 
-    Measured with MLX 0.32.4 on an H100: products of queries and codes were wrong by a factor for 8 bits in
-    groups of 128, and those in bfloat16 did not return. Unpacking one layer and the fused kernel is exact.
+    Measured with MLX 0.32.4 on an H100: products with codes of 8 bits in groups of 128 came out wrong, and
+    those in bfloat16 did not return. Unpacking one layer for the fused kernel is exact.
     """
-    return kernel_tile() != 1
+    return _has_cuda() and mx.default_device() == mx.gpu
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    return mx.cuda.is_available()
 
 
 class _Bias:
@@ -140,33 +145,32 @@ def _on_cpu() -> bool:
 
 def _scores(grouped: mx.array, keys: Stored, read_codes: bool) -> mx.array:
     """Products of queries (B, H, M, D) with every key: (B, H, M, S)."""
-    codec, columns = keys.codec, keys.columns
+    codec, columns = keys.codec, keys.shape[2]
     if not (codec.is_packed and read_codes):
         return grouped @ keys.numbers(grouped.dtype).swapaxes(-1, -2)
-    scores = codec.product(grouped, _tiled(keys.parts), transpose=True)[..., :columns]
+    scores = codec.product(grouped, keys.parts, transpose=True)
     if keys.exact is None:
         return scores
     exact = grouped @ keys.exact.numbers.swapaxes(-1, -2).astype(grouped.dtype)
     if keys.exact.spill:
-        scores = _widened(scores, 1)
+        scores = _with_spare_column(scores)
     return mx.put_along_axis(scores, _columns(keys.exact, scores), exact, axis=-1)[..., :columns]
 
 
 def _weighted(weights: mx.array, values: Stored, read_codes: bool) -> mx.array:
     """Weights (B, H, M, S) times values: (B, H, M, Dv)."""
-    codec, columns = values.codec, values.columns
+    codec, columns = values.codec, values.shape[2]
     if not (codec.is_packed and read_codes):
         return weights @ values.numbers(weights.dtype)
     added: mx.array | None = None
     if values.exact is not None:
         if values.exact.spill:
-            weights = _widened(weights, 1)
+            weights = _with_spare_column(weights)
         where = _columns(values.exact, weights)
         taken = mx.take_along_axis(weights, where, axis=-1)
         added = taken @ values.exact.numbers.astype(weights.dtype)
         weights = mx.put_along_axis(weights, where, mx.zeros_like(taken), axis=-1)[..., :columns]
-    parts = _tiled(values.parts)
-    out = codec.product(_widened(weights, parts[0].shape[2] - columns), parts, transpose=False)
+    out = codec.product(weights, values.parts, transpose=False)
     return out if added is None else out + added
 
 
@@ -176,17 +180,9 @@ def _columns(exact: Exact, scores: mx.array) -> mx.array:
     return mx.broadcast_to(exact.columns[:, None, None, :], shape)
 
 
-def _widened(scores: mx.array, count: int) -> mx.array:
-    """Further columns of zeros on the right."""
-    return mx.pad(scores, [(0, 0), (0, 0), (0, 0), (0, count)]) if count else scores
-
-
-def _tiled(parts: list[mx.array]) -> list[mx.array]:
-    """Parts whose columns are a multiple of what the back end's kernels take."""
-    missing = -parts[0].shape[2] % kernel_tile()
-    if not missing:
-        return parts
-    return [mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) for part in parts]
+def _with_spare_column(scores: mx.array) -> mx.array:
+    """A column of zeros on the right, which entries that do not exist name."""
+    return mx.pad(scores, [(0, 0), (0, 0), (0, 0), (0, 1)])
 
 
 def _masked(scores: mx.array, mask: mx.array | str | None) -> mx.array:

@@ -85,7 +85,7 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
             start = self.left_padding - (self.store.used - columns)
             rows = RowEnds(start, columns - overhang, self.offset - overhang)
             exact = self.ends.exact_of_rows(columns, rows)
-        return present(self.store, keys, values, columns, exact)
+        return present(self.store, keys, values, exact)
 
     def make_mask(
         self,

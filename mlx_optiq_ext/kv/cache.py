@@ -65,7 +65,7 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
         columns = self._shown
         keys, values = self.store.view(self.layout.first_kept, columns)
         exact = self.ends.exact(columns, self.offset) if self.ends.is_kept else None
-        return present(self.store, keys, values, columns, exact)
+        return present(self.store, keys, values, exact)
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -162,15 +162,14 @@ def present(
     store: Store,
     keys: list[mx.array],
     values: list[mx.array],
-    columns: int,
     exact: tuple[Exact, Exact] | None,
 ) -> tuple[Any, Any]:
     """Keys and values as the model gets them: stored, or restored where it computes on them itself."""
     layout = store.layout
     exact_keys, exact_values = exact or (None, None)
     stored = (
-        Stored(layout.key, keys, columns, store.dtype, exact_keys),
-        Stored(layout.value, values, columns, store.dtype, exact_values),
+        Stored(layout.key, keys, store.dtype, exact_keys),
+        Stored(layout.value, values, store.dtype, exact_values),
     )
     if not layout.dense:
         return stored

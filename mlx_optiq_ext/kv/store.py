@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_optiq_ext.kv.codec import Codec
 
-__all__ = ["GROWTH", "Layout", "Store", "kernel_tile", "roll_columns"]
+__all__ = ["GROWTH", "Layout", "Store", "roll_columns"]
 
 GROWTH = 256
 """Columns by which a buffer grows."""
@@ -112,21 +112,17 @@ class Store:
         self.used = end
 
     def view(self, first: int, columns: int) -> tuple[list[mx.array], list[mx.array]]:
-        """Stored keys and values of the first ``first`` and the last ``columns - first`` columns used.
-
-        The arrays are wider where the kernels want a multiple of their tile and the buffer has it.
-        """
+        """Stored keys and values of the first ``first`` and the last ``columns - first`` columns used."""
         start = self.used - (columns - first)
         if start <= first:
             first, start = 0, self.used - columns
-        end = min(self.capacity, start + -(-(self.used - start) // kernel_tile()) * kernel_tile())
         if first:
             parts = [
                 mx.concatenate([part[..., :first, :], part[..., start : self.used, :]], axis=2)
                 for part in self.parts
             ]
-        elif start or end < self.capacity:
-            parts = [part[..., start:end, :] for part in self.parts]
+        elif start or self.used < self.capacity:
+            parts = [part[..., start : self.used, :] for part in self.parts]
         else:
             parts = self.parts
         num_keys = self.layout.key.num_parts
@@ -158,23 +154,12 @@ class Store:
         window = self.layout.window
         capacity = -(-needed // GROWTH) * GROWTH
         if window is not None:
-            tile = kernel_tile()
-            capacity = -(-max(needed, min(capacity, window + self.layout.slack)) // tile) * tile
+            capacity = max(needed, min(capacity, window + self.layout.slack))
         room = [mx.zeros((*new.shape[:2], capacity - self.used, new.shape[3]), new.dtype) for new in like]
         if self.used:
             held = [part[..., : self.used, :] for part in self.parts]
             room = [mx.concatenate([old, new], axis=2) for old, new in zip(held, room, strict=True)]
         self.parts = room
-
-
-def kernel_tile() -> int:
-    """Columns whose multiple the back end's quantized kernels take: 64 on CUDA, 1 elsewhere."""
-    return 64 if _has_cuda() and mx.default_device() == mx.gpu else 1
-
-
-@functools.cache
-def _has_cuda() -> bool:
-    return mx.cuda.is_available()
 
 
 def roll_columns(part: mx.array, shifts: mx.array, used: int) -> mx.array:

@@ -29,23 +29,21 @@ class Stored:
 
     Args:
         codec: How they are stored.
-        parts: Arrays (B, H, ≥ S, ·): codes, scales and biases, or the numbers.
-        columns: S; parts may hold more columns, which mean nothing.
+        parts: Arrays (B, H, S, ·): codes, scales and biases, or the numbers.
         dtype: Of the numbers that went in.
         exact: Columns to be taken from full precision instead.
     """
 
-    __slots__ = ("codec", "columns", "dtype", "exact", "parts")
+    __slots__ = ("codec", "dtype", "exact", "parts")
 
     def __init__(
         self,
         codec: Codec,
         parts: list[mx.array],
-        columns: int,
         dtype: mx.Dtype,
         exact: Exact | None = None,
     ) -> None:
-        self.codec, self.parts, self.columns = codec, parts, columns
+        self.codec, self.parts = codec, parts
         self.dtype, self.exact = dtype, exact
 
     is_optiq_stored = True
@@ -54,8 +52,8 @@ class Stored:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, S, D)."""
-        batch, heads = self.parts[0].shape[:2]
-        return (batch, heads, self.columns, self.codec.dim)
+        batch, heads, columns = self.parts[0].shape[:3]
+        return (batch, heads, columns, self.codec.dim)
 
     @property
     def ndim(self) -> int:
@@ -64,7 +62,7 @@ class Stored:
 
     def numbers(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The tensor in stored coordinates, exact columns put in, in ``dtype`` or as it went in; lazy."""
-        x = self.codec.unpack(self.parts, dtype)[..., : self.columns, :]
+        x = self.codec.unpack(self.parts, dtype)
         if self.exact is None or not self.codec.is_packed:
             return x
         batch, heads, columns, dim = x.shape

@@ -37,7 +37,7 @@ def _probe(module: ModuleType) -> str:
 
     codec = Codec(Choice(bits=8, group_size=32), 32, rotate=True)
     ones = mx.ones((1, 1, 1, 32))
-    stored = Stored(codec, codec.pack(codec.transform(ones)), 1, ones.dtype)
+    stored = Stored(codec, codec.pack(codec.transform(ones)), ones.dtype)
     try:
         out = module.scaled_dot_product_attention(ones, stored, stored, cache=None, scale=1.0, mask=None)
     except Exception as error:  # noqa: BLE001  whatever stock code raises on what it does not know

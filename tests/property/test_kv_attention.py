@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_optiq_ext.errors import UsageError
-from mlx_optiq_ext.kv import attention, store
+from mlx_optiq_ext.kv import attention
 from mlx_optiq_ext.kv.attention import attend
 from mlx_optiq_ext.kv.cache import MixedKVCache
 from mlx_optiq_ext.kv.codec import Codec, hadamard_matrix, rotation_order
@@ -103,7 +103,7 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
         "mean": draw(st.booleans()),
         "recent": draw(st.sampled_from([0, 0, 1, 5, 200])),
         "first": draw(st.sampled_from([0, 0, 1, 3])),
-        "tile": draw(st.sampled_from([1, 64])),
+        "unpacks": draw(st.booleans()),
         "on_cpu": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -126,8 +126,7 @@ def _check(case: dict[str, Any]) -> None:
     mask = _mask(rng, case["mask"], batch, length, columns)
     scale = 1 / math.sqrt(dim)
     with (
-        mock.patch.object(store, "kernel_tile", return_value=case["tile"]),
-        mock.patch.object(attention, "kernel_tile", return_value=case["tile"]),
+        mock.patch.object(attention, "unpacks_always", return_value=case["unpacks"]),
         mock.patch.object(attention, "_on_cpu", return_value=case["on_cpu"]),
     ):
         cache, _, _ = _filled(rng, layout, batch, columns)
@@ -159,7 +158,7 @@ def test_every_choice_works_for_keys_and_for_values_at_this_head(dim: int) -> No
         "mean": True,
         "recent": 3,
         "first": 2,
-        "tile": 1,
+        "unpacks": False,
         "on_cpu": True,
     }
     for number, choice in enumerate(_fitting(dim)):

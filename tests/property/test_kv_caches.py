@@ -2,7 +2,6 @@
 
 import copy
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from support_kv import HEADS, Ledger, Row, again
 
 from mlx_optiq_ext.errors import UsageError
-from mlx_optiq_ext.kv import store
 from mlx_optiq_ext.kv.batch import BatchMixedKVCache
 from mlx_optiq_ext.kv.cache import MixedKVCache
 from mlx_optiq_ext.kv.codec import Codec
@@ -197,13 +195,12 @@ _BATCH = st.lists(st.tuples(st.sampled_from(_ACTIONS), st.integers(1, 9)), min_s
 def test_rows_of_a_batch_show_what_they_show_alone(
     layout: Layout, steps: list[tuple[str, int]], reach: int | None, seed: int
 ) -> None:
-    with mock.patch.object(store, "kernel_tile", return_value=64 if seed % 3 == 0 else 1):
-        batch = _Batch(layout, seed, reach)
-        for action, count in steps:
-            getattr(batch, action)(count)
-            batch.check()
-            batch.block(1)
-            batch.check()
+    batch = _Batch(layout, seed, reach)
+    for action, count in steps:
+        getattr(batch, action)(count)
+        batch.check()
+        batch.block(1)
+        batch.check()
 
 
 def _plain(**kinds: Any) -> Layout:
