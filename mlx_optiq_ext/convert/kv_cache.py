@@ -250,10 +250,7 @@ def _compare(
     if not held_out.windows:
         raise MeasurementError(f"no candidate can be compared: {'; '.join(held_out.info.notes)}")
     named = [NamedConfig(c.label, config) for c, config in zip(found, configs, strict=True)]
-    runs = [
-        score_caches(model, tokens, named, block=_block(configs), progress=progress)[1:]
-        for tokens in held_out.windows.values()
-    ]
+    runs = [score_caches(model, tokens, named, progress=progress)[1:] for tokens in held_out.windows.values()]
     lengths = np.repeat(np.arange(len(runs)), [len(tokens) for tokens in held_out.windows.values()])
     scores, windows = [], []
     for k, candidate in enumerate(found):
@@ -272,12 +269,6 @@ def _compare(
         )
         windows.append(divergences)
     return _Scored(scores, windows, lengths.astype(np.int32))
-
-
-def _block(configs: Sequence[KVConfig]) -> int | None:
-    """Tokens per step: small enough that a window of recent tokens is what it will be when serving."""
-    recent = max(config.recent for config in configs)
-    return max(1, recent // 4) if recent else None
 
 
 def _accept(found: Sequence[CacheCandidate], scored: _Scored) -> tuple[int, str]:

@@ -18,9 +18,10 @@ __all__ = ["add_options", "flag_name", "given_options", "option_names", "options
 
 _S = TypeVar("_S", bound=msgspec.Struct)
 _METAVARS = {
-    **dict.fromkeys(("allocation", "calibration", "held_out", "out", "sensitivity"), "FILE"),
+    **dict.fromkeys(("allocation", "calibration", "held_out", "kv_config", "out", "sensitivity"), "FILE"),
     "candidate_bits": "CHOICES",
     "fit": "SIZE",
+    "kv_uniform": "CHOICES",
     "pin": "PATTERN=CHOICE",
     "uniform": "CHOICES",
 }

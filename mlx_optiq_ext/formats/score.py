@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 
 from mlx_optiq_ext.formats.records import RecordForm, convert_record, parse_json, read_record
+from mlx_optiq_ext.types.kv import KVScoreReport
 from mlx_optiq_ext.types.score import ScoreReport
 
 __all__ = ["decode_score", "encode_score", "read_score"]
@@ -12,7 +13,7 @@ __all__ = ["decode_score", "encode_score", "read_score"]
 _FORM = RecordForm(name="score record", remedy="write it anew with `optiq score`")
 
 
-def encode_score(report: ScoreReport) -> bytes:
+def encode_score(report: ScoreReport | KVScoreReport) -> bytes:
     """Bytes of the file, indented and ending in a newline."""
     return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
 

@@ -26,16 +26,23 @@ class Sessions(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 def load_sessions(
-    tokenizer: Any, lengths: tuple[int, ...], *, num_tokens: int, source: str | None = None, split: Split
+    tokenizer: Any,
+    lengths: tuple[int, ...],
+    *,
+    num_tokens: int,
+    source: str | None = None,
+    split: Split,
+    least: int = 1,
 ) -> Sessions:
     """Join documents, one per domain in turn, and cut the whole into windows of every length.
 
     Args:
         tokenizer: See :func:`~mlx_optiq_ext.measure.rendering.render_record`.
         lengths: Tokens per window.
-        num_tokens: Tokens wanted per length; at least one window is cut.
+        num_tokens: Tokens wanted per length.
         source: JSONL file of the user; None for the shipped text.
         split: Which shipped text.
+        least: Windows wanted per length, however long they are.
     Returns:
         Windows of those lengths that the text reaches; a note names the others.
     Raises:
@@ -46,7 +53,7 @@ def load_sessions(
     stream = np.array(joined, dtype=np.int32)
     windows, missing = {}, []
     for length in lengths:
-        wanted, there = max(1, num_tokens // length), len(stream) // length
+        wanted, there = max(least, num_tokens // length), len(stream) // length
         if not there:
             missing.append(length)
             continue

@@ -14,9 +14,12 @@ __all__ = [
     "KVLayer",
     "KVProbe",
     "KVScore",
+    "KVScoreReport",
+    "KVScoreRow",
     "KVSensitivity",
     "KVSite",
     "KVTensor",
+    "NeedleCell",
 ]
 
 KVTensor = Literal["k", "v"]
@@ -149,5 +152,62 @@ class KVSensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Blocks whose weights make rotated values already: theirs were not rotated again."""
     refused: tuple[tuple[str, str], ...] = ()
     """(cache, reason) of caches left in full precision."""
+    notes: tuple[str, ...] = ()
+    code_version: str = ""
+
+
+class KVScoreRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model with one cache on held-out windows of one length."""
+
+    model: str
+    """Name of the checkpoint."""
+    cache: str
+    """``full precision``, ``configured``, or ``uniform`` and its choices."""
+    length: int
+    """Tokens per window."""
+    num_windows: int
+    divergence: float
+    """KL(reference with its full-precision cache ‖ this), nats per token, over the ends of the windows."""
+    divergence_stderr: float = 0.0
+    divergence_half_width: float = 0.0
+    """Half of the 95 % interval (Student's t); 0 where one window tells nothing about the spread."""
+    top1: float
+    """Share of positions whose most likely token is the reference's."""
+    top1_half_width: float = 0.0
+    perplexity: float
+    perplexity_half_width: float = 0.0
+    bits_per_number: float
+    """Stored bits per cached number, 16-bit scales and biases counted."""
+    bytes_per_token: float
+    """The same per token of the window: what 16-bit inference is predicted to hold."""
+    held_bytes_per_token: float
+    """What the buffers of this run held, in the precision it ran in, with room to grow."""
+
+
+class NeedleCell(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One fact hidden in a context, and whether it is found with one cache."""
+
+    model: str
+    cache: str
+    length: int
+    """Tokens of context, question and answer."""
+    depth: float
+    """Where the fact stands: 0 is the beginning, 1 the end of the context."""
+    full_found: float
+    """Share of answer tokens that the full-precision cache ranks first."""
+    found: float
+    """The same with this cache."""
+    log_probability_change: float
+    """Of the whole answer, against the full-precision cache; nats."""
+
+
+class KVScoreReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Caches compared: the reference's first, then those of the other checkpoints."""
+
+    format_version: int = 1
+    reference: str
+    held_out: CalibrationInfo
+    rows: tuple[KVScoreRow, ...]
+    needles: tuple[NeedleCell, ...] = ()
     notes: tuple[str, ...] = ()
     code_version: str = ""

@@ -13,6 +13,7 @@ __all__ = [
     "DoctorOptions",
     "ImportGgufOptions",
     "KVCacheOptions",
+    "KVScoreOptions",
     "MeasureOptions",
     "ReportOptions",
     "ScoreOptions",
@@ -192,6 +193,25 @@ class KVCacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 1
     seed: Annotated[int, msgspec.Meta(ge=0, description="Seed of label sampling.")] = 0
     trust_remote_code: Annotated[bool, _d("Run model code that comes with the checkpoint.")] = False
+
+
+class KVScoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How stored KV caches are compared with full-precision ones."""
+
+    kv_config: Annotated[
+        str | None, _d("Compare KV caches instead: this kv_config.json with the full-precision cache.")
+    ] = None
+    kv_uniform: Annotated[
+        str,
+        _d("Also compare plain uniform KV caches, neither centred nor rotated: such as 8,4,k6v4,4g32."),
+    ] = ""
+    lengths: Annotated[
+        str, _d("Prefix lengths at which caches are compared; those that the text does not reach are named.")
+    ] = "256,1024,4096"
+    needle: Annotated[
+        bool, _d("Also hide facts in the context and look whether each cache still finds them.")
+    ] = False
+    seed: Annotated[int, msgspec.Meta(ge=0, description="Seed of the facts of --needle.")] = 0
 
 
 class ReportOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
