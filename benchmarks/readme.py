@@ -8,6 +8,7 @@ BEGIN = "<!-- results: begin (written from benchmarks/, do not edit by hand) -->
 END = "<!-- results: end -->"
 MODELS = {
     "smollm2-135m-dithered": "SmolLM2-135M-Instruct, weights dithered off their 4-bit grid",
+    "smollm2-135m": "SmolLM2-135M-Instruct",
     "dense-16m": "dense-16m, a Llama of 16 M with native bf16 weights (trained for this, not distributed)",
     "moe-16m": "moe-16m, a Qwen3-MoE of 16 M with native bf16 weights (likewise)",
 }
@@ -40,12 +41,38 @@ def block(name: str, rows: list[dict[str, float]]) -> str:
     return "\n".join([*lines, "", "Others, plain rounding: " + "; ".join(compared) + "."])
 
 
+def cache_block(name: str, found: dict) -> str:
+    """KV caches at equal true bits."""
+    rows = {row["label"]: row for row in found["rows"]}
+    lengths = [length for length in ("256", "1024", "4096") if length in rows["stock uniform 4"]]
+    lines = [
+        f"**{MODELS[name]}: KV cache**",
+        "",
+        "| bits per number | " + " | ".join(f"stock / ours at {int(n):,}" for n in lengths) + " | ratio |",
+        "| --- |" + " --- |" * (len(lengths) + 1),
+    ]
+    for bits in (3, 4, 5, 6):
+        stock, ours = rows[f"stock uniform {bits}"], rows[f"accepted at {bits + 0.5}"]
+        cells = [f"{stock[n]['kl']:.3g} / {ours[n]['kl']:.3g}" for n in lengths]
+        ratios = [ours[n]["kl"] / stock[n]["kl"] for n in lengths]
+        lines.append(
+            f"| {bits + 0.5} | " + " | ".join(cells) + f" | {min(ratios):.2f} to {max(ratios):.2f} |"
+        )
+    rule = rows["published rule {4,8} at nominal 5.0"]
+    other = ", ".join(f"{rule[n]['kl']:.3g}" for n in lengths)
+    return "\n".join([*lines, "", f"Greedy {{4,8}} per layer, K = V, at {rule['bits']:.2f}: {other}."])
+
+
 def main() -> None:
     parts = []
     for name in MODELS:
         file = ROOT / "benchmarks" / "results" / f"{name}.json"
         if file.is_file():
             parts.append(block(name, json.loads(file.read_text())))
+    for name in MODELS:
+        file = ROOT / "benchmarks" / "results" / f"{name}-kv.json"
+        if file.is_file():
+            parts.append(cache_block(name, json.loads(file.read_text())))
     readme = ROOT / "README.md"
     text = readme.read_text()
     head, rest = text.split(BEGIN)

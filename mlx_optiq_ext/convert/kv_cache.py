@@ -4,22 +4,26 @@ Composes ``kv`` and ``eval``; writes nothing. Called by ``optiq kv-cache``.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import msgspec
-import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from mlx_optiq_ext import __version__
+from mlx_optiq_ext.convert.kv_accept import accept, compare_candidates, estimate_note
 from mlx_optiq_ext.errors import MeasurementError, UsageError
-from mlx_optiq_ext.eval.kv_score import CacheNumbers, NamedConfig, score_caches
 from mlx_optiq_ext.eval.prepare import make_exact, parameter_nbytes
 from mlx_optiq_ext.hub.fingerprint import fingerprint
-from mlx_optiq_ext.kv.allocate import CacheCandidate, candidates_within, layers_of, stored_bits
+from mlx_optiq_ext.kv.allocate import (
+    CacheCandidate,
+    candidates_within,
+    layers_of,
+    require_feasible,
+    stored_bits,
+)
 from mlx_optiq_ext.kv.fold import rotated_blocks
 from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.kv.sensitivity import (
@@ -29,10 +33,9 @@ from mlx_optiq_ext.kv.sensitivity import (
     choices_for,
     estimate_divergences,
 )
-from mlx_optiq_ext.measure.intervals import estimate_mean, paired_ratio
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
-from mlx_optiq_ext.types.kv import KVConfig, KVScore, KVSensitivity, KVTensor
+from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity, KVTensor
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import KVCacheOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
@@ -84,6 +87,7 @@ def plan_cache(
     weights = parameter_nbytes(model)
     caches = observe(model)
     candidates = _candidates(caches, options)
+    require_feasible(caches.sites, candidates, options.target_bits, options.context)
     tokenizer = load_tokenizer(ref, trust_remote_code=options.trust_remote_code)
     make_exact(model, ref.source)
     lengths = prefix_lengths(options.context)
@@ -104,12 +108,13 @@ def plan_cache(
         tokenizer, lengths, num_tokens=options.num_tokens, source=options.held_out, split="held_out"
     )
     configs = [_config(table, candidate, options) for candidate in found]
-    scored = _compare(model, found, configs, held_out, progress)
+    scored = compare_candidates(model, found, configs, held_out, progress)
     order = sorted(range(len(found)), key=lambda k: scored.scores[k].divergence)
-    accepted, reason = _accept(found, scored)
+    accepted, reason = accept(found, scored)
     scores = tuple(replace(scored.scores[k], accepted=k == accepted) for k in order)
     table = replace(table, scores=scores, notes=tuple(dict.fromkeys((*table.notes, *held_out.info.notes))))
-    config = replace(configs[accepted], chosen=reason, notes=(*table.notes, *_dense_note(caches)))
+    notes = (*table.notes, *_dense_note(caches), *estimate_note(found[accepted], scored.scores[accepted]))
+    config = replace(configs[accepted], chosen=reason, notes=notes)
     return CachePlan(table, config, reused, weights)
 
 
@@ -227,63 +232,3 @@ def _config(table: KVSensitivity, candidate: CacheCandidate, options: KVCacheOpt
         notes=table.notes,
         code_version=__version__,
     )
-
-
-class _Scored(NamedTuple):
-    """Candidates on the held-out text, in their order."""
-
-    scores: list[KVScore]
-    windows: list[NDArray[np.float64]]
-    """Divergence of every window of every length."""
-    lengths: NDArray[np.int32]
-    """Index of the length of every window."""
-
-
-def _compare(
-    model: nn.Module,
-    found: Sequence[CacheCandidate],
-    configs: Sequence[KVConfig],
-    held_out: Sessions,
-    progress: ProgressSink,
-) -> _Scored:
-    """Run every candidate with real caches on text that nothing was measured on."""
-    if not held_out.windows:
-        raise MeasurementError(f"no candidate can be compared: {'; '.join(held_out.info.notes)}")
-    named = [NamedConfig(c.label, config) for c, config in zip(found, configs, strict=True)]
-    runs = [score_caches(model, tokens, named, progress=progress)[1:] for tokens in held_out.windows.values()]
-    lengths = np.repeat(np.arange(len(runs)), [len(tokens) for tokens in held_out.windows.values()])
-    scores, windows = [], []
-    for k, candidate in enumerate(found):
-        numbers: list[CacheNumbers] = [run[k] for run in runs]
-        divergences = np.concatenate([entry.divergence for entry in numbers])
-        estimate = estimate_mean(divergences, lengths)
-        scores.append(
-            KVScore(
-                label=candidate.label,
-                bits_per_number=candidate.bits_per_number,
-                divergence=estimate.mean,
-                stderr=estimate.stderr,
-                by_length=tuple(float(entry.divergence.mean()) for entry in numbers),
-                top1=float(np.mean([entry.top1.mean() for entry in numbers])),
-            )
-        )
-        windows.append(divergences)
-    return _Scored(scores, windows, lengths.astype(np.int32))
-
-
-def _accept(found: Sequence[CacheCandidate], scored: _Scored) -> tuple[int, str]:
-    """The candidate to ship: a per-layer one only where it beats the best uniform pair."""
-    means = [score.divergence for score in scored.scores]
-    uniform = [k for k, candidate in enumerate(found) if candidate.is_uniform]
-    layered = [k for k, candidate in enumerate(found) if not candidate.is_uniform]
-    best = min(layered, key=lambda k: means[k])
-    if not uniform:
-        return best, f"{found[best].label}: no uniform pair fits the budget"
-    pair = min(uniform, key=lambda k: means[k])
-    if not means[pair]:
-        return pair, f"{found[pair].label}: no divergence at all"
-    ratio = paired_ratio(scored.windows[best], scored.windows[pair], scored.lengths)
-    compared = f"{ratio.mean:.2f} × ({max(ratio.low, 0):.2f} to {ratio.high:.2f})"
-    if means[best] < means[pair]:
-        return best, f"{found[best].label}: {compared} the divergence of {found[pair].label}"
-    return pair, f"{found[pair].label}: the best per-layer allocation has {compared} its divergence"

@@ -20,6 +20,8 @@ __all__ = ["CacheCandidate", "Place", "candidates_within", "layers_of", "stored_
 Place = tuple[str, KVTensor]
 """(site name, "k" or "v")."""
 
+TENSORS: tuple[KVTensor, KVTensor] = ("k", "v")
+
 SHRINKAGE = (0.0, 0.35, 0.7)
 """How far a layer's estimates are moved, on a log scale, towards the mean of all layers."""
 
@@ -45,6 +47,28 @@ def stored_bits(sites: Sequence[KVSite], choices: Mapping[Place, Choice], contex
     )
 
 
+def require_feasible(
+    sites: Sequence[KVSite], offered: Mapping[Place, Sequence[Choice]], target_bits: float, context: int
+) -> None:
+    """Refuse a budget below the cheapest storage; call it before any long work.
+
+    Raises:
+        BudgetInfeasible: Even the cheapest choices take more.
+    """
+    cheapest = {
+        (site.name, tensor): min(offered[site.name, tensor], key=lambda c: c.stored_bits(site.numel(tensor)))
+        for site in sites
+        for tensor in TENSORS
+    }
+    least, numbers = stored_bits(sites, cheapest, context), _numbers(sites, context)
+    if least > math.floor(target_bits * numbers + 1e-6):
+        raise BudgetInfeasible(
+            f"--target-bits {target_bits:g} is below the cheapest storage of this cache, "
+            f"{least / numbers:.3f} bits per number with scales and biases; raise it, or offer larger groups "
+            "and fewer bits with --candidate-groups and --candidate-bits"
+        )
+
+
 def candidates_within(table: KVSensitivity, target_bits: float, context: int) -> tuple[CacheCandidate, ...]:
     """Allocations at several shrinkages, then the best uniform pairs; every one within the budget.
 
@@ -65,13 +89,8 @@ def candidates_within(table: KVSensitivity, target_bits: float, context: int) ->
         )
         for place in places
     }
-    least = sum(min(row) for row in costs.values())
-    if least > budget:
-        raise BudgetInfeasible(
-            f"--target-bits {target_bits:g} is below the cheapest storage of this cache, "
-            f"{least / _numbers(table.sites, context):.3f} bits per number with scales and biases; "
-            "raise it, or offer larger groups and fewer bits with --candidate-groups and --candidate-bits"
-        )
+    offered = {place: [probe.choice for probe in row] for place, row in probes.items()}
+    require_feasible(table.sites, offered, target_bits, context)
     found: list[CacheCandidate] = []
     for shrinkage in SHRINKAGE:
         values = _shrunk(probes, shrinkage)

@@ -96,17 +96,27 @@ def test_what_is_there_is_not_replaced(model: Path, planned: Path, capsys: Any) 
     assert (planned / "kv_config.json").read_bytes() == before
 
 
-def test_a_folder_that_is_not_there_is_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
-    assert plan(model, tmp_path / "missing") == 2
-    assert "no such folder" in capsys.readouterr().err
+def test_an_output_that_is_a_file_is_refused(model: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert plan(model, tmp_path / "file") == 2
+    assert "is a file; name the folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_target_that_nothing_meets_is_refused_and_the_measurement_kept(
+def test_a_target_that_nothing_meets_is_refused_before_anything_is_measured(
     model: Path, text: tuple[str, ...], tmp_path: Path, capsys: Any
 ) -> None:
-    assert plan(model, tmp_path, "--target-bits", "2", *text) != 0
+    assert plan(model, tmp_path / "new", "--target-bits", "2", *text) != 0
     assert "below the cheapest storage" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["kv_sensitivity.json"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_memory_that_the_weights_fill_is_refused_before_anything_is_measured(
+    model: Path, text: tuple[str, ...], tmp_path: Path, capsys: Any
+) -> None:
+    assert plan(model, tmp_path / "new", "--fit", "10MB", *text) != 0
+    assert "no room is left for a KV cache" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def score(*words: str | Path) -> int:

@@ -15,7 +15,7 @@ import msgspec
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.kv_cache import plan_cache
-from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
 from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.kv_config import KV_CONFIG_FILE, write_kv_config
@@ -25,6 +25,7 @@ from mlx_optiq_ext.formats.kv_sensitivity import (
     read_kv_sensitivity,
     write_kv_sensitivity,
 )
+from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.kv.report import build_cache_report, context_that_fits
 from mlx_optiq_ext.patches.registry import activate
@@ -63,23 +64,26 @@ def run(args: argparse.Namespace) -> int:
     options = options_from(args, KVCacheOptions)
     memory = parse_nbytes(options.fit, flag="--fit") if options.fit else None
     out = Path(args.out)
-    if not out.is_dir():
-        raise UsageError(f"-o {out}: no such folder; make it, or name another")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"-o {out} is a file; name the folder to write into")
     config_file, table_file = out / KV_CONFIG_FILE, out / KV_SENSITIVITY_FILE
     require_absent_file(config_file, force=args.force)
     ref = resolve_model(
         args.model, options.revision, progress=console.progress, trust_remote_code=options.trust_remote_code
     )
+    if memory is not None:
+        _require_room(Path(ref.path), memory)
     known = _measured_before(table_file)
     activate("mlx_lm.models.base")
 
     def keep(table: KVSensitivity) -> None:
+        out.mkdir(parents=True, exist_ok=True)
         write_kv_sensitivity(table_file, table)
 
     plan = plan_cache(ref, options, known=known, on_table=keep, progress=console.progress)
     if plan.reused:
         console.note(f"{table_file} was measured with the same settings: nothing is measured again")
-    write_kv_sensitivity(table_file, plan.table)
+    keep(plan.table)
     config = msgspec.structs.replace(plan.config, sensitivity_sha256=kv_sensitivity_sha256(plan.table))
     write_kv_config(config_file, config)
     facts: tuple[tuple[str, str], ...] = ()
@@ -108,6 +112,17 @@ def run(args: argparse.Namespace) -> int:
     )
     console.result(result, terminal_text(report, is_terminal=console.out.isatty()))
     return 0
+
+
+def _require_room(folder: Path, memory: int) -> None:
+    """Refuse a ``--fit`` that the weights alone fill, before any long work."""
+    weights = sum(tensor.nbytes for tensor in read_folder(folder).values())
+    room = head_room_nbytes(memory)
+    if weights + room >= memory:
+        raise BudgetInfeasible(
+            f"--fit: weights take {format_nbytes(weights)} and head room {format_nbytes(room)} of "
+            f"{format_nbytes(memory)}; no room is left for a KV cache: quantize the weights further"
+        )
 
 
 def _measured_before(file: Path) -> KVSensitivity | None:
