@@ -67,6 +67,7 @@ def main() -> int:
                     num_tokens=args.num_tokens,
                     held_out=str(accepting),
                     rotate=rotate,
+                    recent=0,
                 )
                 plan = plan_cache(ref, options, known=known.get(rotate))
                 known[rotate] = plan.table

@@ -19,6 +19,7 @@ from mlx_optiq_ext.eval.prepare import make_exact, parameter_nbytes
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.allocate import (
     CacheCandidate,
+    Extent,
     candidates_within,
     layers_of,
     require_feasible,
@@ -87,7 +88,8 @@ def plan_cache(
     weights = parameter_nbytes(model)
     caches = observe(model)
     candidates = _candidates(caches, options)
-    require_feasible(caches.sites, candidates, options.target_bits, options.context)
+    extent = Extent(options.context, options.recent, options.first)
+    require_feasible(caches.sites, candidates, options.target_bits, extent)
     tokenizer = load_tokenizer(ref, trust_remote_code=options.trust_remote_code)
     make_exact(model, ref.source)
     lengths = prefix_lengths(options.context)
@@ -103,7 +105,7 @@ def plan_cache(
         table = _measure(model, caches, candidates, text, how, progress)
         table = replace(table, model=model_id, settings=settings)
         on_table(table)
-    found = candidates_within(table, options.target_bits, options.context)
+    found = candidates_within(table, options.target_bits, extent)
     held_out = load_sessions(
         tokenizer, lengths, num_tokens=options.num_tokens, source=options.held_out, split="held_out"
     )
@@ -218,7 +220,8 @@ def _dense_note(caches: CacheMap) -> tuple[str, ...]:
 
 
 def _config(table: KVSensitivity, candidate: CacheCandidate, options: KVCacheOptions) -> KVConfig:
-    bits = stored_bits(table.sites, candidate.choices, options.context)
+    extent = Extent(options.context, options.recent, options.first)
+    bits = stored_bits(table.sites, candidate.choices, extent)
     return KVConfig(
         model=table.model,
         layers=layers_of(table, candidate.choices),

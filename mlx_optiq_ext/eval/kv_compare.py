@@ -20,7 +20,7 @@ from mlx_optiq_ext.eval.needle import FULL, Haystack, check_needles, needle_note
 from mlx_optiq_ext.eval.prepare import make_exact
 from mlx_optiq_ext.eval.score import model_name
 from mlx_optiq_ext.formats.kv_config import read_kv_config
-from mlx_optiq_ext.kv.allocate import stored_bits
+from mlx_optiq_ext.kv.allocate import Extent, stored_bits
 from mlx_optiq_ext.kv.build import layouts
 from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
@@ -225,4 +225,4 @@ def predicted_bits(caches: CacheMap, config: KVConfig, context: int) -> int:
     for site in caches.sites:
         layout = found[site.index, site.member]
         choices[site.name, "k"], choices[site.name, "v"] = layout.key.choice, layout.value.choice
-    return stored_bits(caches.sites, choices, context)
+    return stored_bits(caches.sites, choices, Extent(context, config.recent, config.first))

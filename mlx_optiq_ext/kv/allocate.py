@@ -7,6 +7,7 @@ also shrunk towards what all layers share; which candidate is taken is decided o
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,7 +16,15 @@ from mlx_optiq_ext.errors import BudgetInfeasible
 from mlx_optiq_ext.types.kv import KVLayer, KVProbe, KVSensitivity, KVSite, KVTensor
 from mlx_optiq_ext.types.quant import KEEP, Choice
 
-__all__ = ["CacheCandidate", "Place", "candidates_within", "layers_of", "stored_bits", "uniform_pairs"]
+__all__ = [
+    "CacheCandidate",
+    "Extent",
+    "Place",
+    "candidates_within",
+    "layers_of",
+    "stored_bits",
+    "uniform_pairs",
+]
 
 Place = tuple[str, KVTensor]
 """(site name, "k" or "v")."""
@@ -38,17 +47,36 @@ class CacheCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """The same choice for all keys, and the same for all values."""
 
 
-def stored_bits(sites: Sequence[KVSite], choices: Mapping[Place, Choice], context: int) -> int:
-    """Bits of a cache with ``context`` tokens, 16-bit scales counted; windows count what they hold."""
-    return sum(
-        choices[site.name, tensor].stored_bits(site.numel(tensor)) * site.tokens_held(context)
-        for site in sites
-        for tensor in ("k", "v")
-    )
+class Extent(NamedTuple):
+    """How much a cache holds."""
+
+    context: int
+    """Tokens."""
+    recent: int = 0
+    """Last tokens in full precision besides."""
+    first: int = 0
+    """First tokens in full precision besides; sliding caches have none."""
+
+    def exact_tokens(self, site: KVSite) -> int:
+        """Tokens of one cache that are held in full precision besides."""
+        first = self.first if site.window is None else 0
+        return min(self.recent + first, site.tokens_held(self.context))
+
+
+def stored_bits(sites: Sequence[KVSite], choices: Mapping[Place, Choice], extent: Extent) -> int:
+    """Bits of a cache, 16-bit scales and tokens in full precision counted; windows count what they hold."""
+    total = 0
+    for site in sites:
+        pair = [(choices[site.name, tensor], site.numel(tensor)) for tensor in TENSORS]
+        held = site.tokens_held(extent.context)
+        total += sum(choice.stored_bits(numel) * held for choice, numel in pair)
+        if any(choice != KEEP for choice, _ in pair):
+            total += sum(KEEP.stored_bits(numel) for _, numel in pair) * extent.exact_tokens(site)
+    return total
 
 
 def require_feasible(
-    sites: Sequence[KVSite], offered: Mapping[Place, Sequence[Choice]], target_bits: float, context: int
+    sites: Sequence[KVSite], offered: Mapping[Place, Sequence[Choice]], target_bits: float, extent: Extent
 ) -> None:
     """Refuse a budget below the cheapest storage; call it before any long work.
 
@@ -60,26 +88,27 @@ def require_feasible(
         for site in sites
         for tensor in TENSORS
     }
-    least, numbers = stored_bits(sites, cheapest, context), _numbers(sites, context)
+    least, numbers = stored_bits(sites, cheapest, extent), _numbers(sites, extent.context)
     if least > math.floor(target_bits * numbers + 1e-6):
         raise BudgetInfeasible(
             f"--target-bits {target_bits:g} is below the cheapest storage of this cache, "
             f"{least / numbers:.3f} bits per number with scales and biases; raise it, or offer larger groups "
-            "and fewer bits with --candidate-groups and --candidate-bits"
+            "and fewer bits with --candidate-groups and --candidate-bits, or fewer tokens with --recent"
         )
 
 
-def candidates_within(table: KVSensitivity, target_bits: float, context: int) -> tuple[CacheCandidate, ...]:
+def candidates_within(table: KVSensitivity, target_bits: float, extent: Extent) -> tuple[CacheCandidate, ...]:
     """Allocations at several shrinkages, then the best uniform pairs; every one within the budget.
 
     Args:
         table: What was measured.
-        target_bits: Ceiling in stored bits per cached number at ``context`` tokens.
-        context: Tokens in the cache.
+        target_bits: Ceiling in stored bits per cached number.
+        extent: What the cache holds.
     Raises:
         BudgetInfeasible: Even the cheapest choices take more.
     """
     probes = _by_place(table.probes, table.sites)
+    context = extent.context
     budget = math.floor(target_bits * _numbers(table.sites, context) + 1e-6)
     places = list(probes)
     held = {site.name: site.tokens_held(context) for site in table.sites}
@@ -90,37 +119,37 @@ def candidates_within(table: KVSensitivity, target_bits: float, context: int) ->
         for place in places
     }
     offered = {place: [probe.choice for probe in row] for place, row in probes.items()}
-    require_feasible(table.sites, offered, target_bits, context)
+    require_feasible(table.sites, offered, target_bits, extent)
+    exact = _exact_bits(table.sites, probes, extent)
     found: list[CacheCandidate] = []
     for shrinkage in SHRINKAGE:
         values = _shrunk(probes, shrinkage)
         items = [Item(costs=costs[place], values=values[place]) for place in places]
-        assert cheapest_cost(items) <= budget
-        picks = solve(items, budget).picks
+        picks = solve(items, max(budget - exact, cheapest_cost(items))).picks
         choices = {place: probes[place][pick].choice for place, pick in zip(places, picks, strict=True)}
         if all(choices != other.choices for other in found):
             label = "per layer" if not shrinkage else f"per layer, shrunk {shrinkage:.0%}"
-            found.append(_candidate(table, probes, choices, context, label))
-    pairs = uniform_pairs(table, target_bits, context)
+            found.append(_candidate(table, probes, choices, extent, label))
+    pairs = uniform_pairs(table, target_bits, extent)
     return (*(c for c in found if all(c.choices != pair.choices for pair in pairs)), *pairs)
 
 
 def uniform_pairs(
-    table: KVSensitivity, target_bits: float, context: int, count: int = 3
+    table: KVSensitivity, target_bits: float, extent: Extent, count: int = 3
 ) -> tuple[CacheCandidate, ...]:
     """The ``count`` uniform pairs within the budget that are predicted best; none where none fits.
 
     A tensor that a pair's group does not divide, or whose only choice is keep, is kept.
     """
     probes = _by_place(table.probes, table.sites)
-    budget = target_bits * _numbers(table.sites, context) + 1e-6
+    budget = target_bits * _numbers(table.sites, extent.context) + 1e-6
     offered = sorted({probe.choice for probe in table.probes} - {KEEP})
     found = []
     for keys, values in itertools.product(offered, offered):
         choices = {place: _nearest(probes[place], keys if place[1] == "k" else values) for place in probes}
-        if stored_bits(table.sites, choices, context) <= budget:
+        if stored_bits(table.sites, choices, extent) <= budget:
             label = f"uniform K {keys.label} V {values.label}"
-            found.append(_candidate(table, probes, choices, context, label, is_uniform=True))
+            found.append(_candidate(table, probes, choices, extent, label, is_uniform=True))
     return tuple(sorted(found, key=lambda candidate: candidate.predicted)[:count])
 
 
@@ -145,7 +174,7 @@ def _candidate(
     table: KVSensitivity,
     probes: Mapping[Place, Sequence[KVProbe]],
     choices: dict[Place, Choice],
-    context: int,
+    extent: Extent,
     label: str,
     *,
     is_uniform: bool = False,
@@ -157,7 +186,7 @@ def _candidate(
     return CacheCandidate(
         label=label,
         choices=choices,
-        bits_per_number=stored_bits(table.sites, choices, context) / _numbers(table.sites, context),
+        bits_per_number=stored_bits(table.sites, choices, extent) / _numbers(table.sites, extent.context),
         predicted=predicted,
         is_uniform=is_uniform,
     )
@@ -169,6 +198,15 @@ def _by_place(probes: Sequence[KVProbe], sites: Sequence[KVSite]) -> dict[Place,
     for probe in probes:
         found.setdefault((names[probe.index, probe.member], probe.tensor), []).append(probe)
     return found
+
+
+def _exact_bits(sites: Sequence[KVSite], probes: Mapping[Place, Sequence[KVProbe]], extent: Extent) -> int:
+    """Bits of the tokens in full precision, of every cache that offers more than keep."""
+    quantizable = [site for site in sites if any(len(probes[site.name, tensor]) > 1 for tensor in TENSORS)]
+    return sum(
+        KEEP.stored_bits(site.numel("k") + site.numel("v")) * extent.exact_tokens(site)
+        for site in quantizable
+    )
 
 
 def _numbers(sites: Sequence[KVSite], context: int) -> int:

@@ -6,7 +6,7 @@ Knows neither MLX nor colours. Called by ``optiq kv-cache`` and ``optiq report``
 import math
 
 from mlx_optiq_ext.errors import BudgetInfeasible
-from mlx_optiq_ext.kv.allocate import stored_bits
+from mlx_optiq_ext.kv.allocate import Extent, stored_bits
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVProbe, KVScore, KVSensitivity, KVSite, KVTensor
 from mlx_optiq_ext.types.quant import Choice
 from mlx_optiq_ext.types.report import HeatCell, HeatMap, Report, TextTable
@@ -74,7 +74,9 @@ def context_that_fits(
 
 
 def _nbytes(config: KVConfig, sites: tuple[KVSite, ...], context: int) -> int:
-    return math.ceil(stored_bits(sites, _choices(config, sites), context) / 8)
+    return math.ceil(
+        stored_bits(sites, _choices(config, sites), Extent(context, config.recent, config.first)) / 8
+    )
 
 
 def _choices(config: KVConfig, sites: tuple[KVSite, ...]) -> dict[tuple[str, KVTensor], Choice]:

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_optiq_ext.errors import BudgetInfeasible
 from mlx_optiq_ext.kv import allocate
-from mlx_optiq_ext.kv.allocate import candidates_within, layers_of, stored_bits, uniform_pairs
+from mlx_optiq_ext.kv.allocate import Extent, candidates_within, layers_of, stored_bits, uniform_pairs
 from mlx_optiq_ext.types.kv import KVProbe, KVSensitivity, KVSite
 from mlx_optiq_ext.types.quant import KEEP, Choice
 
@@ -42,7 +42,7 @@ def brute_force(measured: KVSensitivity, budget: float) -> float:
     best = math.inf
     for picks in itertools.product(CHOICES, repeat=len(places)):
         choices = dict(zip(places, picks, strict=True))
-        if stored_bits(measured.sites, choices, CONTEXT) <= budget:  # type: ignore[arg-type]
+        if stored_bits(measured.sites, choices, Extent(CONTEXT)) <= budget:  # type: ignore[arg-type]
             best = min(best, sum(costs[name, tensor, c] for (name, tensor), c in choices.items()))
     return best
 
@@ -58,23 +58,23 @@ def numbers(sites: tuple[KVSite, ...]) -> int:
 @pytest.mark.parametrize("target", [2.6, 3.5, 4.7, 6.0, 9.0])
 def test_the_allocation_is_the_best_of_all_and_within_the_budget(seed: int, target: float) -> None:
     measured = table(SITES, seed)
-    first = candidates_within(measured, target, CONTEXT)[0]
+    first = candidates_within(measured, target, Extent(CONTEXT))[0]
     budget = target * numbers(SITES)
     assert first.predicted == pytest.approx(brute_force(measured, budget), rel=1e-9)
-    assert stored_bits(SITES, first.choices, CONTEXT) <= budget
+    assert stored_bits(SITES, first.choices, Extent(CONTEXT)) <= budget
 
 
 @pytest.mark.parametrize("target", [2.5, 3.0, 4.5, 5.5, 8.5])
 def test_no_candidate_exceeds_the_budget(target: float) -> None:
-    for candidate in candidates_within(table(SITES), target, CONTEXT):
+    for candidate in candidates_within(table(SITES), target, Extent(CONTEXT)):
         assert candidate.bits_per_number <= target + 1e-9
-        bits = stored_bits(SITES, candidate.choices, CONTEXT)
+        bits = stored_bits(SITES, candidate.choices, Extent(CONTEXT))
         assert candidate.bits_per_number == pytest.approx(bits / numbers(SITES))
 
 
 def test_more_budget_is_never_worse() -> None:
     measured = table(SITES)
-    found = [candidates_within(measured, target, CONTEXT)[0] for target in np.arange(2.5, 17, 0.5)]
+    found = [candidates_within(measured, target, Extent(CONTEXT))[0] for target in np.arange(2.5, 17, 0.5)]
     assert all(b.predicted <= a.predicted for a, b in itertools.pairwise(found))
     assert found[-1].predicted == 0
     assert set(found[-1].choices.values()) == {KEEP}
@@ -83,8 +83,8 @@ def test_more_budget_is_never_worse() -> None:
 def test_sliding_caches_count_their_window_and_no_more() -> None:
     choices = {(s.name, t): CHOICES[1] for s in SITES for t in ("k", "v")}
     bits = 4.5 * 128
-    assert stored_bits(SITES, choices, 100) == bits * 100 * (2 + 1 + 2)  # type: ignore[arg-type]
-    assert stored_bits(SITES, choices, 5000) == bits * (5000 * 3 + 128 * 2)  # type: ignore[arg-type]
+    assert stored_bits(SITES, choices, Extent(100)) == bits * 100 * (2 + 1 + 2)  # type: ignore[arg-type]
+    assert stored_bits(SITES, choices, Extent(5000)) == bits * (5000 * 3 + 128 * 2)  # type: ignore[arg-type]
 
 
 def test_a_cache_that_slides_gets_more_bits_than_an_equal_one_that_grows() -> None:
@@ -96,7 +96,7 @@ def test_a_cache_that_slides_gets_more_bits_than_an_equal_one_that_grows() -> No
         for c in CHOICES
     ]
     measured = KVSensitivity(lengths=(CONTEXT,), sites=sites, rotate=True, probes=tuple(probes))
-    choices = candidates_within(measured, 4.8, CONTEXT)[0].choices
+    choices = candidates_within(measured, 4.8, Extent(CONTEXT))[0].choices
     assert choices["1", "k"].bits > choices["0", "k"].bits
     assert choices["1", "v"].bits > choices["0", "v"].bits
 
@@ -105,14 +105,14 @@ def test_a_tensor_that_can_only_be_kept_is_kept_and_counted() -> None:
     measured = table(SITES)
     only = tuple(p for p in measured.probes if (p.index, p.tensor) != (1, "v") or p.choice == KEEP)
     kept = KVSensitivity(lengths=(CONTEXT,), sites=SITES, rotate=True, probes=only)
-    for candidate in candidates_within(kept, 5.5, CONTEXT):
+    for candidate in candidates_within(kept, 5.5, Extent(CONTEXT)):
         assert candidate.choices["1", "v"] == KEEP
         assert candidate.bits_per_number <= 5.5 + 1e-9
 
 
 def test_a_target_below_the_cheapest_storage_says_what_that_takes() -> None:
     with pytest.raises(BudgetInfeasible, match=r"--target-bits 2\.4 .* 2\.500 bits per number"):
-        candidates_within(table(SITES), 2.4, CONTEXT)
+        candidates_within(table(SITES), 2.4, Extent(CONTEXT))
 
 
 def test_full_shrinkage_gives_equal_layers_equal_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,14 +120,14 @@ def test_full_shrinkage_gives_equal_layers_equal_choices(monkeypatch: pytest.Mon
     sites = tuple(site(i) for i in range(4))
     # 4.5 and 8.5 bits are what all layers can have alike; between them the rest is spent unevenly.
     for target in (4.5, 8.5):
-        first = candidates_within(table(sites), target, CONTEXT)[0]
+        first = candidates_within(table(sites), target, Extent(CONTEXT))[0]
         for tensor in ("k", "v"):
             assert len({first.choices[s.name, tensor] for s in sites}) == 1  # type: ignore[index]
 
 
 def test_uniform_pairs_come_in_the_order_of_their_prediction() -> None:
     measured = table(SITES)
-    pairs = uniform_pairs(measured, 6.5, CONTEXT, count=9)
+    pairs = uniform_pairs(measured, 6.5, Extent(CONTEXT), count=9)
     assert all(pair.is_uniform and pair.bits_per_number <= 6.5 for pair in pairs)
     assert [p.predicted for p in pairs] == sorted(p.predicted for p in pairs)
     for pair in pairs:
@@ -145,3 +145,16 @@ def test_layers_carry_their_choices_and_means_of_packed_keys_only() -> None:
     assert [layer.index for layer in layers] == [0, 1, 2]
     assert [layer.key_mean for layer in layers] == ["a", "", "c"]
     assert [layer.k for layer in layers] == [CHOICES[1], KEEP, CHOICES[1]]
+
+
+def test_tokens_in_full_precision_are_paid_from_the_budget() -> None:
+    measured, extent = table(SITES), Extent(CONTEXT, recent=64, first=4)
+    budget = 5.5 * sum((site.numel("k") + site.numel("v")) * site.tokens_held(CONTEXT) for site in SITES)
+    for candidate in candidates_within(measured, 5.5, extent):
+        packed = stored_bits(SITES, candidate.choices, Extent(CONTEXT))
+        exact = sum(
+            16 * (site.numel("k") + site.numel("v")) * (64 if site.window else 68)
+            for site in SITES
+            if candidate.choices[site.name, "k"] != KEEP or candidate.choices[site.name, "v"] != KEEP
+        )
+        assert stored_bits(SITES, candidate.choices, extent) == packed + exact <= budget
