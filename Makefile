@@ -6,8 +6,8 @@ BIN := .venv/bin
 # Without a fast BLAS of the system, Linux on x86-64 gets one from the package index (docs/platforms.md).
 FAST := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && ! ldconfig -p 2>/dev/null | grep -q libopenblas && echo ,fast)
 
-# The lowest allowed version of what we extend, as in pyproject.toml (tests/borders/test_versions.py).
-LOWEST := mlx-lm==0.32.0
+# The lowest allowed versions of what we build on, as in pyproject.toml (tests/borders/test_versions.py).
+LOWEST := mlx==0.32.0 mlx-lm==0.32.0
 
 .PHONY: demo test test-lowest lint docs
 

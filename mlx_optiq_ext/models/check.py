@@ -4,6 +4,7 @@ Everything here only builds graphs: no weight is read. Called by ``quant`` when 
 """
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,9 @@ __all__ = ["require_runnable", "unpackable_paths"]
 
 _NUM_TOKENS = 16
 _FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError)
+_CRASHES = {"mlx_lm.models.phi3small": ("0.32.0", "0.32.1")}
+"""Module of a family → the mlx-lm with which it writes outside of its logits, which can end the process
+(``out[ids] = -inf`` indexes the rows with token ids), and the first one in which that is mended."""
 
 
 def require_runnable(model: nn.Module, *, gradients: bool) -> None:
@@ -33,6 +37,12 @@ def require_runnable(model: nn.Module, *, gradients: bool) -> None:
         UnsupportedModel: Says what failed and what would work.
     """
     name = type(model).__module__
+    crashes_with, mended_in = _CRASHES.get(name, ("", ""))
+    if crashes_with and version("mlx-lm") == crashes_with:
+        raise UnsupportedModel(
+            f"{name} of mlx-lm {crashes_with} writes outside of its arrays and can end the process; "
+            f"pip install 'mlx-lm>={mended_in},<0.33'"
+        )
     blocks = find_blocks(model)
     calls = 0
 

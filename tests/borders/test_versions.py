@@ -20,10 +20,9 @@ def test_supported_versions_are_those_of_the_distribution() -> None:
     assert declared == SUPPORTED
 
 
-def test_the_lowest_mlx_lm_is_the_one_that_make_installs() -> None:
+def test_the_lowest_versions_are_those_that_make_installs() -> None:
     (line,) = re.findall(r"^LOWEST := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    low, _ = SUPPORTED["mlx-lm"]
-    assert line == f"mlx-lm=={low[0]}.{low[1]}.0"
+    assert line == " ".join(f"{name}=={low[0]}.{low[1]}.0" for name, (low, _) in SUPPORTED.items())
 
 
 def test_supported_pythons_are_those_of_the_distribution() -> None:
