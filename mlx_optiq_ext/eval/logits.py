@@ -50,7 +50,7 @@ def window_logits(
         if vocab_size is not None and logits.shape[-1] != vocab_size:
             raise FingerprintMismatch(
                 f"the model has {logits.shape[-1]} logits where the reference has {vocab_size}: "
-                "it is no quantization of this reference"
+                "it is no quantization of this reference; give the model it was made from as REF"
             )
         for offset in range(len(batch)):
             yield start + offset, logits[offset]

@@ -43,7 +43,10 @@ def load_uniform(
     predicate = stock_predicate(model, choice)
     nn.quantize(model, choice.group_size, choice.bits, mode=choice.mode, class_predicate=predicate)
     if not any("scales" in module for _, module in model.named_modules()):
-        raise UsageError(f"no module of {reference.source} can be stored as {choice.label}")
+        raise UsageError(
+            f"no module of {reference.source} can be stored as {choice.label}; "
+            f"give a smaller group, such as {choice.bits}g32"
+        )
     return model, config
 
 

@@ -156,7 +156,8 @@ class HeldOutScorer:
         if not same or other.encode(_SAMPLE) != self._tokenizer.encode(_SAMPLE):
             raise FingerprintMismatch(
                 f"{candidate.source} has another tokenizer than {self.reference.source}: "
-                "divergence is defined only between models over the same tokens"
+                "divergence is defined only between models over the same tokens; "
+                "give the model it was made from as REF"
             )
 
     def add_folder(self, candidate: ModelRef, label: str = "") -> ScoreRow:

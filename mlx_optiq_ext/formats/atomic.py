@@ -26,6 +26,7 @@ __all__ = [
     "require_absent",
     "require_absent_file",
     "require_writable",
+    "unwritable",
     "write_bytes_atomic",
     "write_json_atomic",
 ]
@@ -51,10 +52,16 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def unwritable(path: Path | str, error: OSError) -> ResourceError:
+    """The error to raise where a file system refuses to take ``path``."""
+    reason = error.strerror or error
+    return ResourceError(f"cannot write {path}: {reason}; free some space there, or choose another output")
 
 
 def write_json_atomic(path: Path, value: object) -> None:

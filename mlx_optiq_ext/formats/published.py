@@ -52,7 +52,9 @@ def table_from_published(document: Sequence[Any] | Mapping[str, Any], where: str
         layers = msgspec.convert(entries, list[_Layer])
         group = msgspec.convert(head.get("group_size") or _DEFAULT_GROUP, int)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{where} is not a published sensitivity file: {error}") from error
+        raise UsageError(
+            f"{where} is not a published sensitivity file: {error}; measure again with `optiq measure`"
+        ) from error
     if not layers:
         raise UsageError(f"{where} lists no tensors; measure again")
     units, probes = [], []

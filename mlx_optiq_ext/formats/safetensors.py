@@ -12,7 +12,8 @@ from typing import Annotated, BinaryIO
 
 import msgspec
 
-from mlx_optiq_ext.errors import ResourceError, UsageError
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.atomic import unwritable
 
 __all__ = ["DTYPE_NBYTES", "SafetensorsWriter", "StoredTensor", "read_folder", "read_header"]
 
@@ -24,6 +25,7 @@ DTYPE_NBYTES = {
 _BUFFER_NBYTES = 32 << 20
 _RESERVED_HEADER = 512 << 10
 _MAX_HEADER = 100_000_000
+_REMEDY = "download or convert the model again"
 
 
 class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,19 +51,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(_MAX_HEADER, file_nbytes - 8):
-            raise UsageError(f"{path} is not a safetensors file or is cut off: header length {length}")
+            raise UsageError(
+                f"{path} is not a safetensors file or is cut off: header length {length}; {_REMEDY}"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise UsageError(f"{path} has an unreadable safetensors header: {error}") from error
+            raise UsageError(f"{path} has an unreadable safetensors header: {error}; {_REMEDY}") from error
     if not isinstance(header, dict):
-        raise UsageError(f"{path} has an unreadable safetensors header: not an object")
+        raise UsageError(f"{path} has an unreadable safetensors header: not an object; {_REMEDY}")
     header.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != file_nbytes:
         raise UsageError(
-            f"{path} has {file_nbytes} bytes where its header describes {end}: cut off or damaged"
+            f"{path} has {file_nbytes} bytes where its header describes {end}: cut off or damaged; {_REMEDY}"
         )
     return tensors
 
@@ -75,11 +79,13 @@ def read_folder(folder: Path, pattern: str = "model*.safetensors") -> dict[str, 
     tensors: dict[str, StoredTensor] = {}
     files = sorted(folder.glob(pattern))
     if not files:
-        raise UsageError(f"no {pattern} in {folder}")
+        raise UsageError(f"no {pattern} in {folder}; give the folder of a Hugging Face or MLX model")
     for path in files:
         for name, tensor in read_header(path).items():
             if name in tensors:
-                raise UsageError(f"tensor {name} is in {tensors[name].file} and in {path.name} of {folder}")
+                raise UsageError(
+                    f"tensor {name} is in {tensors[name].file} and in {path.name} of {folder}; {_REMEDY}"
+                )
             tensors[name] = tensor
     return tensors
 
@@ -134,7 +140,7 @@ class SafetensorsWriter:
         try:
             self._append(view)
         except OSError as error:
-            raise ResourceError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Write the header; the file is complete only after this.
@@ -153,7 +159,7 @@ class SafetensorsWriter:
                 self._file.write(_padded(header, _RESERVED_HEADER))
                 self._file.close()
         except OSError as error:
-            raise ResourceError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise unwritable(self.path, error) from error
         self._pending.clear()
 
     def _append(self, view: memoryview) -> None:
@@ -178,14 +184,14 @@ def _entry(path: Path, name: str, raw: object, data_start: int) -> StoredTensor:
     try:
         entry = msgspec.convert(raw, _HeaderEntry)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{path} describes tensor {name} wrongly: {error}") from error
+        raise UsageError(f"{path} describes tensor {name} wrongly: {error}; {_REMEDY}") from error
     begin, end = entry.data_offsets
     expected = DTYPE_NBYTES.get(entry.dtype, end - begin)
     if entry.dtype in DTYPE_NBYTES:
         expected *= math.prod(entry.shape)
     if begin < 0 or end < begin or expected != end - begin:
         kind = f"{entry.dtype} {list(entry.shape)}"
-        raise UsageError(f"{path} gives tensor {name} bytes {begin} to {end} for {kind}")
+        raise UsageError(f"{path} gives tensor {name} bytes {begin} to {end} for {kind}; {_REMEDY}")
     return StoredTensor(
         dtype=entry.dtype, shape=entry.shape, nbytes=end - begin, file=path.name, offset=data_start + begin
     )

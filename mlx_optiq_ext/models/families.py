@@ -64,7 +64,9 @@ def find_blocks(model: nn.Module) -> Blocks:
         first = wanted[0]
         lists = [(p, items) for p, items in lists if any(item is first for item in items)] or lists
     if not lists:
-        raise UnsupportedModel(f"{type(model).__module__}: no list of blocks in the module tree")
+        raise UnsupportedModel(
+            f"{type(model).__module__}: no list of blocks in the module tree; use stock `mlx_lm.convert -q`"
+        )
     prefix, modules = max(lists, key=lambda item: len(item[1]))
     return Blocks(prefix, modules)
 

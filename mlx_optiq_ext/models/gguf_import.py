@@ -205,7 +205,8 @@ def _read_tensor(file: GgufFile, entry: PlannedTensor, dtype: WeightDtype) -> mx
         values = entry.source.block_type.decode(blocks[start : start + step]).reshape(-1)
         if not np.isfinite(values).all():
             raise UsageError(
-                f"{file.path.name}: tensor {entry.source.name} holds non-finite weights; file is damaged"
+                f"{file.path.name}: tensor {entry.source.name} holds non-finite weights; "
+                "the file is damaged, download it again"
             )
         chunks.append(_cast(values - 1 if entry.change == "minus_one" else values, dtype))
     whole = chunks[0] if len(chunks) == 1 else mx.concatenate(chunks)

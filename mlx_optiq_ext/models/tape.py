@@ -240,7 +240,7 @@ class Tape:
         with intercepted(self.blocks.modules, note), intercepted(self.outside, watch):
             self._call(mx.concatenate([self.tokens, self.tokens[:1]]))
         if not shapes:
-            raise UnsupportedModel(f"{type(self.model).__module__}: the model runs none of its listed blocks")
+            raise UnsupportedModel(f"{type(self.model).__module__} runs no block; use --method static")
         return shapes
 
 

@@ -59,7 +59,9 @@ def quantizable_modules(model: nn.Module) -> dict[str, Quantizable]:
         if hasattr(module, "to_quantized"):
             found[path] = cast(Quantizable, module)
     if not found:
-        raise UnsupportedModel("the model has no module that mlx can quantize")
+        raise UnsupportedModel(
+            "the model has no module that mlx can quantize; stock `mlx_lm.convert` stores it as it is"
+        )
     return found
 
 

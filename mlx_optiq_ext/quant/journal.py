@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mlx_optiq_ext.errors import ResourceError, UsageError
-from mlx_optiq_ext.formats.atomic import write_bytes_atomic
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.atomic import unwritable, write_bytes_atomic
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
 from mlx_optiq_ext.measure.calibration import Windows
 from mlx_optiq_ext.quant.sources import measuring_code
@@ -162,7 +162,7 @@ class Journal:
             with self._file.open("ab") as stream:
                 stream.write(_encode(path, costs, gain) + b"\n")
         except OSError as error:
-            raise ResourceError(f"cannot write {self._file}: {error.strerror or error}") from error
+            raise unwritable(self._file, error) from error
 
     def finish(self, table: SensitivityTable, probes: int) -> None:
         """Keep the finished table.

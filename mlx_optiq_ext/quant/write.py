@@ -16,8 +16,8 @@ import mlx.core as mx
 import msgspec
 from mlx_lm.utils import save_config
 
-from mlx_optiq_ext.errors import ResourceError, UsageError
-from mlx_optiq_ext.formats.atomic import write_json_atomic
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.atomic import unwritable, write_json_atomic
 from mlx_optiq_ext.formats.safetensors import SafetensorsWriter
 from mlx_optiq_ext.types.quant import KEEP, BitMap, Choice
 
@@ -222,7 +222,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
+        raise unwritable(error.filename or folder, error) from error
 
 
 def _settings(choice: Choice) -> dict[str, Any]:

@@ -229,5 +229,5 @@ def _read_config(given: str | None, table: SensitivityTable) -> dict[str, Any]:
             f"{file} is not JSON ({error}); name the model's config.json with --config"
         ) from None
     if not isinstance(config, dict):
-        raise UsageError(f"{file} is not a model's config.json")
+        raise UsageError(f"{file} is not a model's config.json; name that with --config")
     return config
