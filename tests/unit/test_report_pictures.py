@@ -79,7 +79,9 @@ def test_the_page_escapes_what_comes_from_outside() -> None:
 
 def test_every_ink_of_the_page_is_defined_for_light_and_dark() -> None:
     page = render_html(make_report())
-    for name in set(re.findall(r"var\(--([a-z]+)\)", page)):
+    inks = set(re.findall(r"var\(--([a-z]+)\)", page))
+    assert len(inks) >= 3
+    for name in inks:
         assert len(re.findall(rf"--{name}:#[0-9a-f]{{6}};", page)) == 2
 
 
