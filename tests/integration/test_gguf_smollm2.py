@@ -146,6 +146,7 @@ def test_folder_holds_what_a_model_folder_holds(imported: Path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "optiq_import.json",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
