@@ -46,7 +46,7 @@ from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
 from mlx_optiq_ext.types.quant import Allocation, BitMap, SensitivityTable
-from mlx_optiq_ext.types.score import ScoreReport
+from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
 from mlx_optiq_ext.types.verify import VerifyReport
 
 __all__ = ["ConversionResult", "convert_model", "expand_bit_map", "work_folder"]
@@ -144,7 +144,9 @@ def convert_model(
         _describe(ref, table, options, folder, result)
     _clear_work(out)
     if stopped is not None:
-        stopped.add_note(f"{out} is complete but not scored; `optiq score {ref.source} {out}` does that")
+        again = f"optiq score {ref.source} {out} --uniform 4,5,6 -o {out}/{SCORE_FILE}"
+        verified = "complete and verified" if options.verify else "complete"
+        stopped.add_note(f"{out} is {verified} but not scored; `{again}` does that")
         raise stopped
     if options.upload_repo:
         upload_folder(out, options.upload_repo, progress=progress)

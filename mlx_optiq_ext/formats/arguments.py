@@ -7,7 +7,7 @@ mlx-lm's own parser, so that both offer the same options under the same rules.
 import argparse
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -188,12 +188,33 @@ def _argparse_keywords(option: _Option) -> dict[str, Any]:
     kind = option.kind
     metavar = _METAVARS.get(option.name, option.name.rpartition("_")[2].upper())
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": _YesOrNo}
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": list(typing.get_args(kind))}
     if typing.get_origin(kind) is tuple:
         return {"action": "append", "metavar": metavar}
     return {"type": _parser_of(option), "metavar": metavar}
+
+
+class _YesOrNo(argparse.BooleanOptionalAction):
+    """``--score`` and ``--no-score``; with our prefix ``--optiq-no-score`` and ``--no-optiq-score``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, dest, **keywords)
+        for flag in option_strings:
+            if flag.startswith("--optiq-"):
+                self.option_strings = [*self.option_strings, flag.replace("--optiq-", "--optiq-no-", 1)]
+
+    def __call__(
+        self,
+        parser: Any,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: Any,  # noqa: ARG002
+        option_string: str | None = None,
+    ) -> None:
+        """Set the value that the flag says."""
+        is_no = option_string is not None and option_string.startswith(("--no-", "--optiq-no-"))
+        setattr(namespace, self.dest, not is_no)
 
 
 def _parser_of(option: _Option) -> Callable[[str], Any]:

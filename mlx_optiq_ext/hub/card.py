@@ -134,7 +134,7 @@ def _making(facts: CardFacts) -> str:
     if hashes:
         parts.append("\n".join(hashes))
     parts.append(
-        "`optiq/metadata.json`, `optiq/sensitivity.json` and `optiq/score.json` hold every number; "
+        "The files in `optiq/` hold every number (metadata, sensitivity, scores where there are any); "
         "`optiq allocate` makes another budget from them without measuring again, `optiq report` draws them."
     )
     return "\n\n".join(parts)

@@ -59,7 +59,8 @@ def test_stopping_while_it_scores_leaves_a_complete_checkpoint(
     with pytest.raises(KeyboardInterrupt) as stopped:
         convert_model(ref, _options(text), out)
     assert stopped.value.__notes__ == [
-        f"{out} is complete but not scored; `optiq score {ref.source} {out}` does that"
+        f"{out} is complete but not scored; "
+        f"`optiq score {ref.source} {out} --uniform 4,5,6 -o {out}/optiq/score.json` does that"
     ]
     assert "not scored: stopped by the user" in read_metadata(out).notes  # type: ignore[union-attr]
     assert (out / "README.md").is_file()

@@ -99,3 +99,19 @@ def test_every_options_struct_can_be_a_command_line(name):
     add_options(parser, struct_type)
     assert options_from(parser.parse_args([]), struct_type) == struct_type()
     assert len(set(option_names(struct_type))) == len(option_names(struct_type))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words", "value"),
+    [
+        ("", ["--no-score"], False),
+        ("", ["--score"], True),
+        ("optiq-", ["--optiq-no-score"], False),
+        ("optiq-", ["--no-optiq-score"], False),
+        ("optiq-", ["--optiq-no-score", "--optiq-score"], True),
+    ],
+)
+def test_a_switch_can_be_said_both_ways(prefix: str, words: list[str], value: bool) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, ConvertOptions, prefix=prefix)
+    assert options_from(parser.parse_args(words), ConvertOptions, prefix=prefix).score is value
