@@ -113,5 +113,5 @@ def test_every_options_struct_can_be_a_command_line(name):
 )
 def test_a_switch_can_be_said_both_ways(prefix: str, words: list[str], value: bool) -> None:
     parser = argparse.ArgumentParser()
-    add_options(parser, ConvertOptions, prefix=prefix)
-    assert options_from(parser.parse_args(words), ConvertOptions, prefix=prefix).score is value
+    add_options(parser, all_options.ConvertOptions, prefix=prefix)
+    assert options_from(parser.parse_args(words), all_options.ConvertOptions, prefix=prefix).score is value
