@@ -19,7 +19,9 @@ class Closed(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     picks: Ints
     objective: float
+    """Summed value plus penalty of ``picks``."""
     lower_bound: float
+    """Likewise: no picks within the budget have less."""
     exact: bool
 
 

@@ -26,10 +26,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     values: tuple[float, ...]
     """What is minimised, per choice (divergence)."""
     penalties: tuple[float, ...] = ()
-    """Added to ``values`` while solving and reported apart (time per token); empty: none."""
+    """Added to ``values``, in their unit, while solving, and reported apart (price of bits read); empty: none."""
 
     def objective(self, choice: int) -> float:
-        """Value plus penalty of one choice."""
+        """Value plus penalty of one choice, in their unit."""
         return self.values[choice] + (self.penalties[choice] if self.penalties else 0.0)
 
 
@@ -52,7 +52,7 @@ class Solution(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def objective(self) -> float:
-        """Value plus penalty: what was minimised."""
+        """Value plus penalty: what was minimised, in their unit."""
         return self.value + self.penalty
 
 

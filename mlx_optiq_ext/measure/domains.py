@@ -27,6 +27,7 @@ class DomainAgreement(msgspec.Struct, frozen=True, kw_only=True):
     """Spearman of every domain with the mean of the others: low marks the odd one out."""
     worst_pair: tuple[str, str]
     worst: float
+    """Spearman of that pair, -1 to 1."""
 
 
 def domain_rank_correlation(table: SensitivityTable, *, min_units: int = 3) -> tuple[DomainAgreement, ...]:

@@ -28,7 +28,9 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Zero where there is one window only: then nothing is known about the spread."""
     num_windows: int
     low: float
+    """Lower end of the interval, in the unit of the values."""
     high: float
+    """Upper end."""
     half_width: float
     """Of the interval: Student's t times ``stderr``."""
 

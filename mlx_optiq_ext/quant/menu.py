@@ -33,6 +33,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     divergence: float
     """Predicted divergence, nats per token, smoothed along the bit widths (see :func:`build_menus`)."""
     stderr: float = 0.0
+    """Of ``divergence`` over windows, nats per token."""
     by_domain: tuple[float, ...] = ()
     """As measured; empty: like ``divergence`` in every domain."""
 

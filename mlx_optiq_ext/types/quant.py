@@ -257,4 +257,5 @@ class Allocation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stock mlx-lm rounds plainly and is further off."""
     worst_domain: str = ""
     worst_domain_divergence: float = 0.0
+    """Predicted in that domain alone, nats per token."""
     correction: Literal["none", "fast", "full"] = "none"

@@ -37,11 +37,15 @@ class ScoreRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top1: float
     """Share of positions whose most likely token is the reference's, 0 to 1."""
     top1_stderr: float = 0.0
+    """Standard error of ``top1``."""
     top1_half_width: float = 0.0
+    """Half of the 95 % interval of ``top1``."""
     perplexity: float
     """exp of the mean negative log likelihood of the text, per token."""
     perplexity_stderr: float = 0.0
+    """Standard error of ``perplexity``, to first order."""
     perplexity_half_width: float = 0.0
+    """Half of the 95 % interval of ``perplexity``, to first order."""
     by_domain: dict[str, float] = {}
     """``divergence`` per domain of the text."""
     against_first: float | None = None
