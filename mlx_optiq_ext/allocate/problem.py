@@ -26,7 +26,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     values: tuple[float, ...]
     """What is minimised, per choice (divergence)."""
     penalties: tuple[float, ...] = ()
-    """Added to ``values``, in their unit, while solving, and reported apart (price of bits read); empty: none."""
+    """Added to ``values``, in their unit, while solving; reported apart (price of bits read); empty: none."""
 
     def objective(self, choice: int) -> float:
         """Value plus penalty of one choice, in their unit."""
