@@ -5,7 +5,7 @@ Composes ``kv`` and ``eval``; writes nothing. Called by ``optiq kv-cache``.
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -115,8 +115,10 @@ def plan_cache(
     accepted, reason = accept(found, scored)
     scores = tuple(replace(scored.scores[k], accepted=k == accepted) for k in order)
     table = replace(table, scores=scores, notes=tuple(dict.fromkeys((*table.notes, *held_out.info.notes))))
-    notes = (*table.notes, *_dense_note(caches), *estimate_note(found[accepted], scored.scores[accepted]))
-    config = replace(configs[accepted], chosen=reason, notes=notes)
+    notes = (*table.notes, *_dense_note(caches), *_context_note(model_config, options.context))
+    if not options.recent and not options.first:
+        notes += estimate_note(found[accepted], scored.scores[accepted])
+    config = replace(configs[accepted], chosen=reason, notes=notes, held_out_sha256=held_out.info.sha256)
     return CachePlan(table, config, reused, weights)
 
 
@@ -211,6 +213,15 @@ def _refused(
             (name, f"{words[tensor]} are kept: they act through a selection that no derivative sees")
         )
     return found
+
+
+def _context_note(config: dict[str, Any], context: int) -> tuple[str, ...]:
+    """Say where the model was not made for the context."""
+    text = {**config, **(config.get("text_config") or {})}
+    limit = text.get("max_position_embeddings")
+    if not isinstance(limit, int) or context <= limit:
+        return ()
+    return (f"the model's config names {limit:,} positions, --context is {context:,}",)
 
 
 def _dense_note(caches: CacheMap) -> tuple[str, ...]:

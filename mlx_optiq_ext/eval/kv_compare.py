@@ -20,8 +20,9 @@ from mlx_optiq_ext.eval.needle import FULL, Haystack, check_needles, needle_note
 from mlx_optiq_ext.eval.prepare import make_exact
 from mlx_optiq_ext.eval.score import model_name
 from mlx_optiq_ext.formats.kv_config import read_kv_config
+from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
-from mlx_optiq_ext.kv.build import layouts
+from mlx_optiq_ext.kv.build import layouts, unnamed_caches
 from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
@@ -79,6 +80,10 @@ def compare_caches(
     rows: list[KVScoreRow] = []
     needles: list[NeedleCell] = []
     notes: list[str] = [f"held-out text: {note}" for note in text.info.notes]
+    if config is not None and config.held_out_sha256 == text.info.sha256:
+        notes.append(
+            "the configuration was accepted on this very text, which flatters it; --held-out takes another"
+        )
     with ExitStack() as closing:
         kept = {n: closing.enter_context(LogitCache(len(w))) for n, w in text.windows.items()}
         for ref in (reference, *candidates):
@@ -94,6 +99,7 @@ def compare_caches(
             if caches.dense:
                 notes.append(f"stored tensors are unpacked at every step, for {caches.dense}")
             notes += [f"cache {name}: {why}" for name, why in caches.refused]
+            notes += _config_notes(ref, caches, config)
             del model
             mx.clear_cache()
     return KVScoreReport(
@@ -104,6 +110,22 @@ def compare_caches(
         notes=tuple(dict.fromkeys((*notes, *needle_notes(needles)))),
         code_version=__version__,
     )
+
+
+def _config_notes(ref: ModelRef, caches: CacheMap, config: KVConfig | None) -> list[str]:
+    """Where the configuration was made for other weights, or leaves caches out."""
+    if config is None:
+        return []
+    notes = []
+    if config.model is not None and config.model.sha256 != fingerprint(ref).sha256:
+        notes.append(
+            f"the configuration was made for other weights ({config.model.source or 'unnamed'}) than "
+            f"{model_name(ref)}; `optiq kv-cache` makes one for these"
+        )
+    unnamed = unnamed_caches(caches, config)
+    if unnamed:
+        notes.append(f"caches {', '.join(unnamed)} are not in the configuration: full precision")
+    return notes
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

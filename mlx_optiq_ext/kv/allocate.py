@@ -90,6 +90,13 @@ def require_feasible(
     }
     least, numbers = stored_bits(sites, cheapest, extent), _numbers(sites, extent.context)
     if least > math.floor(target_bits * numbers + 1e-6):
+        bare = sorted({name for (name, _), row in offered.items() if set(row) == {KEEP}})
+        if bare:
+            raise BudgetInfeasible(
+                f"no candidate group divides the heads of cache {', '.join(bare)}, which stay in full "
+                f"precision: {least / numbers:.3f} bits per number at least; offer smaller groups with "
+                "--candidate-groups, or raise --target-bits"
+            )
         raise BudgetInfeasible(
             f"--target-bits {target_bits:g} is below the cheapest storage of this cache, "
             f"{least / numbers:.3f} bits per number with scales and biases; raise it, or offer larger groups "

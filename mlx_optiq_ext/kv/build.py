@@ -19,7 +19,7 @@ from mlx_optiq_ext.kv.observe import CacheMap, observe, replace_caches
 from mlx_optiq_ext.kv.store import Layout
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVSite
 
-__all__ = ["build_caches", "decode_mean", "encode_mean", "layouts"]
+__all__ = ["build_caches", "decode_mean", "encode_mean", "layouts", "unnamed_caches"]
 
 
 def build_caches(model: nn.Module, config: KVConfig, max_kv_size: int | None = None) -> list[Any]:
@@ -77,6 +77,15 @@ def layouts(caches: CacheMap, config: KVConfig) -> dict[tuple[int, int | None], 
         )
         for place, site in known.items()
     }
+
+
+def unnamed_caches(caches: CacheMap, config: KVConfig) -> tuple[str, ...]:
+    """Names of the caches that the configuration says nothing of: they stay in full precision."""
+    named = {
+        (layer.index, layer.member) if layer.index >= 0 else _place_of_block(layer, caches)
+        for layer in config.layers
+    }
+    return tuple(site.name for site in caches.sites if (site.index, site.member) not in named)
 
 
 def _place_of_block(layer: KVLayer, caches: CacheMap) -> tuple[int, int | None] | None:

@@ -47,7 +47,9 @@ class KVCommand:
         """
         assert self.config is not None
         try:
-            return fresh_caches(model, self.config, max_kv_size)
+            caches = fresh_caches(model, self.config, max_kv_size)
+            self._tell_unnamed(model, max_kv_size)
+            return caches
         except OptiqError as error:
             if not _has(self._drafts, model):
                 raise
@@ -55,6 +57,22 @@ class KVCommand:
                 self._told.append(weakref.ref(model))
                 print(f"{self.name}: the draft model keeps stock KV caches: {error}", file=sys.stderr)
             return None
+
+    def _tell_unnamed(self, model: Any, max_kv_size: int | None) -> None:
+        """Say once which caches the configuration leaves in full precision."""
+        if _has(self._told, model):
+            return
+        from mlx_optiq_ext.kv.build import unnamed_caches  # loaded already: it made the caches
+        from mlx_optiq_ext.kv.observe import observe
+
+        assert self.config is not None
+        self._told.append(weakref.ref(model))
+        unnamed = unnamed_caches(observe(model, max_kv_size), self.config)
+        if unnamed:
+            print(
+                f"{self.name}: caches {', '.join(unnamed)} are not in --kv-config: full precision",
+                file=sys.stderr,
+            )
 
 
 _running: KVCommand | None = None

@@ -96,6 +96,8 @@ class KVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     predicted_divergence: float | None = None
     sensitivity_sha256: str = ""
     """Of the ``kv_sensitivity.json`` that the choices come from."""
+    held_out_sha256: str = ""
+    """Of the text on which it was accepted: scores on the same text flatter it."""
     notes: tuple[str, ...] = ()
     code_version: str = ""
 

@@ -51,7 +51,7 @@ def converted(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(measured) == len(set(measured)), "a tensor was measured a second time"
     assert not out.exists()
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
     return out
 
