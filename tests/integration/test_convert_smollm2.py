@@ -27,7 +27,11 @@ def _optiq(*words: str | Path) -> list[str]:
 
 def _interrupt_after(command: list[str], folder: Path, num_lines: int) -> list[bytes]:
     """Start ``command``, stop it as Ctrl-C would when so many lines are kept; return the lines."""
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if sum(file.read_bytes().count(b"\n") for file in folder.glob("journal.jsonl.*")) >= num_lines:
