@@ -22,7 +22,8 @@ from mlx_optiq_ext.eval.score import model_name
 from mlx_optiq_ext.formats.kv_config import read_kv_config
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
-from mlx_optiq_ext.kv.build import layouts, unnamed_caches
+from mlx_optiq_ext.kv.build import follow_weights, layouts, unnamed_caches
+from mlx_optiq_ext.kv.fold import rotated_blocks
 from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
@@ -88,10 +89,11 @@ def compare_caches(
         kept = {n: closing.enter_context(LogitCache(len(w))) for n, w in text.windows.items()}
         for ref in (reference, *candidates):
             _require_same_tokens(ref, reference, options)
-            model, _ = load_model(ref, trust_remote_code=options.trust_remote_code)
+            model, about = load_model(ref, trust_remote_code=options.trust_remote_code)
             caches = observe(model)
             make_exact(model, ref.source)
-            found = _configs(caches, config, named)
+            own = follow_weights(config, caches, rotated_blocks(about)) if config is not None else None
+            found = _configs(caches, own, named)
             rows += _rows(model_name(ref), model, caches, found, _Text(text, kept, progress))
             if kv.needle:
                 haystack = Haystack(model_name(ref), tokenizer, text.windows, kv.seed)

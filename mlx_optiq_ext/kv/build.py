@@ -5,12 +5,14 @@ mlx-lm would call ``make_prompt_cache``.
 """
 
 import base64
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
+from msgspec.structs import replace
 
 from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
 from mlx_optiq_ext.kv.cache import MixedKVCache
@@ -19,7 +21,7 @@ from mlx_optiq_ext.kv.observe import CacheMap, observe, replace_caches
 from mlx_optiq_ext.kv.store import Layout
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVSite
 
-__all__ = ["build_caches", "decode_mean", "encode_mean", "layouts", "unnamed_caches"]
+__all__ = ["build_caches", "decode_mean", "encode_mean", "follow_weights", "layouts", "unnamed_caches"]
 
 
 def build_caches(model: nn.Module, config: KVConfig, max_kv_size: int | None = None) -> list[Any]:
@@ -86,6 +88,27 @@ def unnamed_caches(caches: CacheMap, config: KVConfig) -> tuple[str, ...]:
         for layer in config.layers
     }
     return tuple(site.name for site in caches.sites if (site.index, site.member) not in named)
+
+
+def follow_weights(config: KVConfig, caches: CacheMap, rotated: Collection[int]) -> KVConfig:
+    """The same storage for weights that rotate values themselves, or no longer do.
+
+    A configuration measured on other weights would leave values unrotated, or turn rotated ones back.
+
+    Args:
+        config: Made for this model, or for one with the same attention.
+        caches: Of the model.
+        rotated: Blocks whose weights make rotated values, as config.json of the checkpoint says.
+    Raises:
+        FingerprintMismatch: As :func:`build_caches`.
+    """
+    blocks = {(site.index, site.member): site.layer for site in caches.sites}
+    layers = []
+    for layer in config.layers:
+        place = (layer.index, layer.member) if layer.index >= 0 else _place_of_block(layer, caches)
+        block = blocks.get(place) if place is not None else None
+        layers.append(replace(layer, values_rotated=block is not None and block in rotated))
+    return replace(config, layers=tuple(layers))
 
 
 def _place_of_block(layer: KVLayer, caches: CacheMap) -> tuple[int, int | None] | None:

@@ -47,9 +47,7 @@ def with_kv_options(parser: argparse.ArgumentParser, *, opens_caches: bool) -> a
         asked = running()
         if asked is not None:
             config = _config(given, opens_caches=opens_caches)
-            if config is not None:
-                _require_fit(given, config)
-            asked.config = config
+            asked.config = None if config is None else _fitted(given, config)
         return given
 
     parser.parse_args = parse_args  # type: ignore[assignment,method-assign]
@@ -90,8 +88,8 @@ def _config(given: argparse.Namespace, *, opens_caches: bool) -> "KVConfig | Non
     return msgspec.structs.replace(config, recent=given.kv_recent)
 
 
-def _require_fit(given: argparse.Namespace, config: "KVConfig") -> None:
-    """Refuse a model that the configuration does not fit before its weights are read.
+def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
+    """The configuration for the model's weights; refused before they are read where it does not fit.
 
     A model that cannot be had, or that is chosen later, is left to the command.
 
@@ -100,17 +98,23 @@ def _require_fit(given: argparse.Namespace, config: "KVConfig") -> None:
     """
     folder = _folder(given.model) if given.model else None
     if folder is None:
-        return
-    from mlx_optiq_ext.kv.build import build_caches  # deferred: needs mlx
+        return config
+    from mlx_optiq_ext.kv.build import build_caches, follow_weights  # deferred: needs mlx
+    from mlx_optiq_ext.kv.fold import rotated_blocks
+    from mlx_optiq_ext.kv.observe import observe
     from mlx_optiq_ext.models.load import load_model
     from mlx_optiq_ext.types.model import ModelRef
 
     trust = bool(getattr(given, "trust_remote_code", False))
+    ref = ModelRef(path=str(folder), source=given.model)
     try:
-        model, _ = load_model(ModelRef(path=str(folder), source=given.model), trust_remote_code=trust)
+        model, model_config = load_model(ref, trust_remote_code=trust)
     except ModelError:  # the command says this in its own words
-        return
-    build_caches(model, config, getattr(given, "max_kv_size", None))
+        return config
+    max_kv_size = getattr(given, "max_kv_size", None)
+    config = follow_weights(config, observe(model, max_kv_size), rotated_blocks(model_config))
+    build_caches(model, config, max_kv_size)
+    return config
 
 
 def _folder(model: str) -> Path | None:

@@ -1,5 +1,6 @@
 """Rotation of cached values in the weights: exact where it is done, refused where it would not be."""
 
+import argparse
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,9 @@ from mlx_optiq_ext.convert.kv_cache import plan_cache
 from mlx_optiq_ext.convert.model import convert_model
 from mlx_optiq_ext.convert.opening import open_source
 from mlx_optiq_ext.errors import UnsupportedModel, VerificationError
+from mlx_optiq_ext.eval.kv_compare import compare_caches
 from mlx_optiq_ext.formats.atomic import write_json_atomic
+from mlx_optiq_ext.formats.kv_config import write_kv_config
 from mlx_optiq_ext.formats.metadata import read_metadata
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.codec import Codec
@@ -24,10 +27,19 @@ from mlx_optiq_ext.measure.calibration import load_windows
 from mlx_optiq_ext.models.load import cast_floats
 from mlx_optiq_ext.models.tape import logits_of
 from mlx_optiq_ext.models.walk import get_module
+from mlx_optiq_ext.patches.kv_command import command
+from mlx_optiq_ext.patches.kv_options import with_kv_options
+from mlx_optiq_ext.patches.registry import activate
 from mlx_optiq_ext.quant.journal import journal_key
 from mlx_optiq_ext.types.metadata import CheckpointMetadata
 from mlx_optiq_ext.types.model import ModelRef
-from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, KVCacheOptions
+from mlx_optiq_ext.types.options import (
+    AllocateOptions,
+    ConvertOptions,
+    KVCacheOptions,
+    KVScoreOptions,
+    ScoreOptions,
+)
 from mlx_optiq_ext.types.quant import KEEP
 
 TOKENS = mx.array([list(range(3, 40))])
@@ -136,6 +148,8 @@ def test_measurement_of_rotated_values_has_a_key_of_its_own(tmp_path: Path) -> N
 
 
 def test_checkpoint_says_what_is_rotated_and_its_cache_is_not_rotated_again(tmp_path: Path) -> None:
+    activate("mlx_lm.models.base")
+    activate("mlx_lm.models.cache")
     ref, text = save_tiny(tmp_path / "m"), write_calibration(tmp_path / "c.jsonl")
     out = tmp_path / "out"
     result = convert_model(ref, replace(converting(text), verify=True), out)
@@ -154,6 +168,28 @@ def test_checkpoint_says_what_is_rotated_and_its_cache_is_not_rotated_again(tmp_
     plan = plan_cache(ModelRef(path=str(out), source="out"), cache)
     assert plan.table.values_rotated == blocks
     assert all(layer.values_rotated for layer in plan.config.layers)
+    unrotated = [replace(layer, values_rotated=False) for layer in plan.config.layers]
+    of_source = replace(plan.config, layers=tuple(unrotated))
+    for config, folder in ((of_source, out), (plan.config, Path(ref.path))):
+        given = tmp_path / f"{folder.name}.json"
+        write_kv_config(given, config)
+        parser = with_kv_options(argparse.ArgumentParser(), opens_caches=False)
+        parser.add_argument("--model")
+        with command("tried") as asked:
+            parser.parse_args(["--model", str(folder), "--kv-config", str(given)])
+        # What the weights do not do, the cache does, and only that.
+        assert asked.config == (plan.config if folder == out else of_source)
+    options = KVScoreOptions(kv_config=str(tmp_path / "out.json"), lengths="64")
+    text_of = ScoreOptions(num_tokens=128, held_out=str(text))
+    rows = {
+        name: compare_caches(ref, [ModelRef(path=str(out), source="out")], text_of, asked_for).rows
+        for name, asked_for in (
+            ("source", options),
+            ("folded", replace(options, kv_config=str(tmp_path / f"{Path(ref.path).name}.json"))),
+        )
+    }
+    assert [row.divergence for row in rows["source"]] == [row.divergence for row in rows["folded"]]
+    assert any(row.cache == "configured" and row.divergence > 0 for row in rows["source"])
 
 
 def test_rotated_source_is_not_rotated_twice(tmp_path: Path) -> None:
