@@ -5,13 +5,27 @@ Knows neither MLX nor colours. Called by ``optiq kv-cache`` and ``optiq report``
 
 import math
 
+from msgspec.structs import replace
+
 from mlx_optiq_ext.errors import BudgetInfeasible
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
-from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVProbe, KVScore, KVSensitivity, KVSite, KVTensor
+from mlx_optiq_ext.types.kv import (
+    KVConfig,
+    KVLayer,
+    KVProbe,
+    KVScore,
+    KVSensitivity,
+    KVSite,
+    KVTensor,
+    sliding_slack,
+)
 from mlx_optiq_ext.types.quant import Choice
 from mlx_optiq_ext.types.report import HeatCell, HeatMap, Report, TextTable
 
-__all__ = ["build_cache_report", "context_that_fits", "full_bytes_per_token"]
+__all__ = ["UNBOUNDED", "build_cache_report", "context_that_fits", "full_bytes_per_token"]
+
+UNBOUNDED = 1 << 40
+"""Tokens of context that nothing limits."""
 
 _ROWS: tuple[tuple[KVTensor, str], ...] = (("k", "keys"), ("v", "values"))
 _COMMON_BITS = 4
@@ -53,6 +67,8 @@ def context_that_fits(
         config: How the cache is stored.
         sites: The caches.
         memory, weights, head_room: Bytes.
+    Returns:
+        Tokens; :data:`UNBOUNDED` where every cache slides, so that any context fits.
     Raises:
         BudgetInfeasible: Weights and head room alone take more.
     """
@@ -63,10 +79,10 @@ def context_that_fits(
             f"{memory / 1e9:.2f} GB: no room is left for a KV cache; quantize the weights further"
         )
     low, high = 0, 1
-    while _nbytes(config, sites, high) <= left and high < 1 << 40:
+    while _nbytes(config, sites, high) <= left and high < UNBOUNDED:
         low, high = high, high * 2
-    if high >= 1 << 40:
-        return high  # every cache slides: any context fits
+    if high >= UNBOUNDED:
+        return UNBOUNDED
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _nbytes(config, sites, middle) <= left else (low, middle)
@@ -74,8 +90,13 @@ def context_that_fits(
 
 
 def _nbytes(config: KVConfig, sites: tuple[KVSite, ...], context: int) -> int:
+    """What the buffers of ``context`` tokens take: sliding ones hold more than their window."""
+    roomy = tuple(
+        site if site.window is None else replace(site, window=site.window + sliding_slack(site.window))
+        for site in sites
+    )
     return math.ceil(
-        stored_bits(sites, _choices(config, sites), Extent(context, config.recent, config.first)) / 8
+        stored_bits(roomy, _choices(config, sites), Extent(context, config.recent, config.first)) / 8
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_optiq_ext.kv.codec import Codec
+from mlx_optiq_ext.types.kv import sliding_slack
 
 __all__ = ["GROWTH", "Layout", "Store", "roll_columns"]
 
@@ -63,8 +64,8 @@ class Layout:
 
     @property
     def slack(self) -> int:
-        """Columns that a sliding cache holds beyond its window before it drops any (an eighth of it)."""
-        return 0 if self.window is None else max(16, self.window // 8)
+        """Columns that a sliding cache holds beyond its window before it drops any."""
+        return 0 if self.window is None else sliding_slack(self.window)
 
 
 class Store:

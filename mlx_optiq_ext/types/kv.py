@@ -20,9 +20,15 @@ __all__ = [
     "KVSite",
     "KVTensor",
     "NeedleCell",
+    "sliding_slack",
 ]
 
 KVTensor = Literal["k", "v"]
+
+
+def sliding_slack(window: int) -> int:
+    """Tokens that a sliding cache holds beyond its window before it drops any (an eighth of it)."""
+    return max(16, window // 8)
 
 
 class KVSite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,7 +9,8 @@ import pytest
 from mlx_optiq_ext.errors import BudgetInfeasible
 from mlx_optiq_ext.kv import allocate
 from mlx_optiq_ext.kv.allocate import Extent, candidates_within, layers_of, stored_bits, uniform_pairs
-from mlx_optiq_ext.types.kv import KVProbe, KVSensitivity, KVSite
+from mlx_optiq_ext.kv.report import UNBOUNDED, context_that_fits
+from mlx_optiq_ext.types.kv import KVConfig, KVProbe, KVSensitivity, KVSite
 from mlx_optiq_ext.types.quant import KEEP, Choice
 
 CHOICES = (*(Choice(bits=b, group_size=64) for b in (2, 4, 8)), KEEP)
@@ -158,3 +159,13 @@ def test_tokens_in_full_precision_are_paid_from_the_budget() -> None:
             if candidate.choices[site.name, "k"] != KEEP or candidate.choices[site.name, "v"] != KEEP
         )
         assert stored_bits(SITES, candidate.choices, extent) == packed + exact <= budget
+
+
+def test_the_context_that_fits_pays_for_what_sliding_buffers_hold_beyond_their_window() -> None:
+    slides = (site(0, window=128),)
+    config = KVConfig(layers=())
+    per_token = 2 * KEEP.stored_bits(slides[0].numel("k")) // 8
+    held = per_token * (128 + 16)
+    assert context_that_fits(config, slides, 10 + held, weights=10, head_room=0) == UNBOUNDED
+    assert context_that_fits(config, slides, 9 + held, weights=10, head_room=0) == 143
+    assert context_that_fits(config, (site(0),), 10 + held, weights=10, head_room=0) == 144

@@ -27,7 +27,7 @@ from mlx_optiq_ext.formats.kv_sensitivity import (
 )
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.hub.resolve import resolve_model
-from mlx_optiq_ext.kv.report import build_cache_report, context_that_fits
+from mlx_optiq_ext.kv.report import UNBOUNDED, build_cache_report, context_that_fits
 from mlx_optiq_ext.patches.registry import activate
 from mlx_optiq_ext.quant.size import format_nbytes, head_room_nbytes, parse_nbytes
 from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         facts = (
             (
                 f"fits into {options.fit}",
-                f"{fitting:,} tokens, with {format_nbytes(plan.weights_nbytes)} of weights and "
+                f"{_tokens(fitting)}, with {format_nbytes(plan.weights_nbytes)} of weights and "
                 f"{format_nbytes(room)} head room",
             ),
         )
@@ -112,6 +112,11 @@ def run(args: argparse.Namespace) -> int:
     )
     console.result(result, terminal_text(report, is_terminal=console.out.isatty()))
     return 0
+
+
+def _tokens(fitting: int) -> str:
+    """A context in words."""
+    return "any context" if fitting >= UNBOUNDED else f"{fitting:,} tokens"
 
 
 def _require_room(folder: Path, memory: int) -> None:
