@@ -147,8 +147,9 @@ class Codec:
         """mean·S/c as (1, H, 1, D), rounded once."""
         if dtype not in self._turned_as:
             mean = self.mean_as(mx.float32) @ self._turning(mx.float32)
-            self._turned_as[dtype] = mean.astype(dtype)
-            mx.eval(self._turned_as[dtype])
+            mean = mean.astype(dtype)
+            mx.eval(mean)
+            self._turned_as[dtype] = mean
         return self._turned_as[dtype]
 
 
