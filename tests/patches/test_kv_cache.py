@@ -110,6 +110,24 @@ def test_a_configuration_may_be_a_value_a_path_or_content(cache_module, model, t
         cache_module.make_prompt_cache(model, kv_config=KVConfig(layers=(KVLayer(index=7),)))
 
 
+def test_the_server_s_prompt_cache_hands_out_copies_that_are_rewound(cache_module, model):
+    config = msgspec.structs.replace(CONFIG, recent=0)
+    first = cache_module.make_prompt_cache(model, kv_config=config)
+    model(PROMPT[None], cache=first)
+    held = cache_module.LRUPromptCache()
+    held.insert_cache("model", PROMPT.tolist(), first)
+    wanted = [*PROMPT.tolist()[:6], 77, 78]
+    for _ in range(2):  # the second time from the same entry
+        reused, rest = held.fetch_nearest_cache("model", wanted)
+        assert rest == [77, 78]
+        fresh = cache_module.make_prompt_cache(model, kv_config=config)
+        model(mx.array(wanted[:6])[None], cache=fresh)
+        ours, theirs = (model(mx.array(rest)[None], cache=cache) for cache in (reused, fresh))
+        assert mx.allclose(ours, theirs, atol=1e-5)
+    assert first[0].offset == len(PROMPT)
+    assert held.nbytes == sum(cache.nbytes for cache in first)
+
+
 def test_caches_of_one_model_are_apart_but_share_their_layout(cache_module, model):
     first = cache_module.make_prompt_cache(model, kv_config=CONFIG)
     tokens(model, first)
