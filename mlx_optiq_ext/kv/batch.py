@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import _BaseCache
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.kv.cache import MixedKVCache, present
+from mlx_optiq_ext.kv.column_cache import ColumnCache
 from mlx_optiq_ext.kv.ends import ExactEnds, RowEnds
 from mlx_optiq_ext.kv.state import pack_state, same_layout, state_arrays, unpack_state
 from mlx_optiq_ext.kv.store import Layout, Store, roll_columns
@@ -20,7 +20,7 @@ from mlx_optiq_ext.kv.store import Layout, Store, roll_columns
 __all__ = ["BatchMixedKVCache"]
 
 
-class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
+class BatchMixedKVCache(ColumnCache):
     """Keys and values of one layer for a batch.
 
     Args:
@@ -29,16 +29,13 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
     """
 
     def __init__(self, layout: Layout, left_padding: Sequence[int]) -> None:
-        self.layout = layout
-        self.store = Store(layout)
-        self.ends = ExactEnds(layout.recent, layout.first)
+        super().__init__(layout)
         self.left_padding = mx.array([*left_padding], dtype=mx.int32)
         """First column of each row that is a token (B,)."""
-        self.offset = -self.left_padding
+        self.offset: mx.array = -self.left_padding
         """Tokens of each row (B,)."""
         self.seen = 0
         """Columns ever appended, those that joining put in front included."""
-        self._shown = 0
         self._lengths: mx.array | None = None
         """Tokens that each row will have when its right padding is over."""
 
@@ -61,16 +58,10 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Add columns to every row; lazy. Arguments and result as in ``MixedKVCache``."""
-        layout, count = self.layout, keys.shape[2]
+        count = keys.shape[2]
         self._make_room(count)
-        new_keys, new_values = layout.key.transform(keys), layout.value.transform(values)
-        if self.ends.is_kept:
-            self.ends.append(new_keys, new_values, self.offset)
-        self.store.append(new_keys, new_values)
-        self.offset = self.offset + count
+        self._append(keys, values)
         self.seen += count
-        used, window = self.store.used, layout.window
-        self._shown = used if window is None else min(used, window - 1 + count)
         # Whoever evaluates what is stored evaluates the bookkeeping, or its graph would grow with each token.
         self.store.parts[0] = mx.depends(self.store.parts[0], [self.left_padding, self.offset])
         return self.keys_and_values()
@@ -207,26 +198,13 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
 
     def trim(self, n: int) -> int:
         """Forget the newest ``n`` columns; returns how many there were."""
-        n = min(self.store.used, n)
-        self.store.used -= n
+        n = super().trim(n)
         self.seen -= n
-        self.offset = self.offset - n
-        self._shown = min(self._shown, self.store.used)
-        self.ends.trim(n)
         return n
 
     def size(self) -> int:
         """Columns in reach."""
         return self.store.used if self.layout.window is None else min(self.seen, self.layout.window)
-
-    def empty(self) -> bool:
-        """Whether nothing was ever stored."""
-        return not self.store.parts
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return self.store.nbytes + self.ends.nbytes
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -244,30 +222,19 @@ class BatchMixedKVCache(_BaseCache):  # type: ignore[misc]
     @state.setter
     def state(self, value: Sequence[Any]) -> None:
         restored = unpack_state(value[0], value[1:])
-        BatchMixedKVCache.__init__(self, restored.store.layout, [])
-        self.store, self.ends, self._shown = restored.store, restored.ends, restored.shown
+        self._take(restored)
         self.left_padding, self.offset = restored.rest[:2]
         self.seen, self.ends.hold = restored.numbers["seen"], restored.numbers["hold"]
         self._lengths = restored.rest[2] if restored.numbers["lengths"] else None
 
-    @property
-    def keys(self) -> mx.array | None:
-        """First buffer of the stored keys, for models that tie evaluation to it; None while empty."""
-        return self.store.parts[0] if self.store.parts else None
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        self.store.parts[0] = array
-
     def _make_room(self, count: int) -> None:
         """Drop columns that no query of the next ``count`` can reach, when they have piled up."""
-        window = self.layout.window
-        if window is None or not self.store.parts:
+        if self.layout.window is None or not self.store.parts:
             return
         if self._lengths is not None:
             self._justify()
-        surplus = self.store.used - (window - 1)
-        if surplus > 0 and (count > 1 or self.store.used + count > window + self.layout.slack):
+        surplus = self._surplus(count)
+        if surplus > 0:
             self.store.drop(0, surplus)
             self.left_padding = mx.maximum(self.left_padding - surplus, 0)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import _BaseCache, create_attention_mask
+from mlx_lm.models.cache import create_attention_mask
 
 from mlx_optiq_ext.errors import UsageError
-from mlx_optiq_ext.kv.ends import ExactEnds
+from mlx_optiq_ext.kv.column_cache import ColumnCache
 from mlx_optiq_ext.kv.state import pack_state, same_layout, state_arrays, unpack_state
 from mlx_optiq_ext.kv.store import Layout, Store
 from mlx_optiq_ext.kv.stored import Exact, Stored
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["MixedKVCache", "sliding_mask"]
 
 
-class MixedKVCache(_BaseCache):  # type: ignore[misc]
+class MixedKVCache(ColumnCache):
     """Keys and values of one layer, each in its own precision, quantized as they arrive.
 
     Args:
@@ -34,12 +34,9 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
     """
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.store = Store(layout)
-        self.ends = ExactEnds(layout.recent, layout.first)
-        self.offset = 0
+        super().__init__(layout)
+        self.offset: int = 0
         """Tokens seen."""
-        self._shown = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Add tokens; lazy.
@@ -50,14 +47,8 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
         Returns:
             Keys and values that the N queries may see, oldest first.
         """
-        layout, count = self.layout, keys.shape[2]
-        self._make_room(count)
-        new_keys, new_values = layout.key.transform(keys), layout.value.transform(values)
-        if self.ends.is_kept:
-            self.ends.append(new_keys, new_values, self.offset)
-        self.store.append(new_keys, new_values)
-        self.offset += count
-        self._show(count)
+        self.store.drop(self.layout.first_kept, self._surplus(keys.shape[2]))
+        self._append(keys, values)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -81,36 +72,9 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
         """Whether no token that a rewind would need has been dropped."""
         return self.layout.window is None or self.offset < self.layout.window
 
-    def trim(self, n: int) -> int:
-        """Forget the newest ``n`` tokens; returns how many there were."""
-        n = min(self.store.used, n)
-        self.offset -= n
-        self.store.used -= n
-        self._shown = min(self._shown, self.store.used)
-        self.ends.trim(n)
-        return n
-
     def size(self) -> int:
         """Tokens in reach."""
         return self.offset if self.layout.window is None else min(self.offset, self.layout.window)
-
-    def empty(self) -> bool:
-        """Whether nothing was ever stored."""
-        return not self.store.parts
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return self.store.nbytes + self.ends.nbytes
-
-    @property
-    def keys(self) -> mx.array | None:
-        """First buffer of the stored keys, for models that tie evaluation to it; None while empty."""
-        return self.store.parts[0] if self.store.parts else None
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        self.store.parts[0] = array
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -124,8 +88,7 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
     @state.setter
     def state(self, value: Sequence[Any]) -> None:
         restored = unpack_state(value[0], value[1:])
-        MixedKVCache.__init__(self, restored.store.layout)
-        self.store, self.ends, self._shown = restored.store, restored.ends, restored.shown
+        self._take(restored)
         self.offset = restored.numbers["offset"]
 
     @classmethod
@@ -143,19 +106,6 @@ class MixedKVCache(_BaseCache):  # type: ignore[misc]
                 "caches of different storage cannot share a batch; build all of them from one kv_config.json"
             )
         return BatchMixedKVCache.joined(caches)
-
-    def _make_room(self, count: int) -> None:
-        """Drop what no query of the next ``count`` tokens can reach, when it has piled up."""
-        window = self.layout.window
-        if window is None:
-            return
-        surplus = self.store.used - (window - 1)
-        if surplus > 0 and (count > 1 or self.store.used + count > window + self.layout.slack):
-            self.store.drop(self.layout.first_kept, surplus)
-
-    def _show(self, count: int) -> None:
-        used, window = self.store.used, self.layout.window
-        self._shown = used if window is None else min(used, window - 1 + count)
 
 
 def present(
