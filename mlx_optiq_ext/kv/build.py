@@ -58,36 +58,27 @@ def layouts(caches: CacheMap, config: KVConfig) -> dict[tuple[int, int | None], 
     Raises:
         FingerprintMismatch, UsageError: As :func:`build_caches`.
     """
-    known = {(site.index, site.member): site for site in caches.sites}
-    named = {}
-    missing = []
-    for layer in config.layers:
-        place = (layer.index, layer.member) if layer.index >= 0 else _place_of_block(layer, caches)
-        if place in known:
-            named[place] = layer
-        else:
-            missing.append(f"{layer.index}" if layer.index >= 0 else f"of block {layer.layer}")
+    pairs = _placed(caches, config)
+    missing = [_what(layer) for layer, site in pairs if site is None]
     if missing:
         raise FingerprintMismatch(
             f"the KV configuration names caches {', '.join(missing)}, where this model has no keys and "
-            f"values ({len(known)} caches: {', '.join(site.name for site in caches.sites)}); "
+            f"values ({len(caches.sites)} caches: {', '.join(site.name for site in caches.sites)}); "
             "make one for this model with `optiq kv-cache MODEL`"
         )
+    named = {site.name: layer for layer, site in pairs if site is not None}
     return {
-        place: _layout(
-            site, named.get(place) or KVLayer(index=site.index, member=site.member), config, caches
+        (site.index, site.member): _layout(
+            site, named.get(site.name) or KVLayer(index=site.index, member=site.member), config, caches
         )
-        for place, site in known.items()
+        for site in caches.sites
     }
 
 
 def unnamed_caches(caches: CacheMap, config: KVConfig) -> tuple[str, ...]:
     """Names of the caches that the configuration says nothing of: they stay in full precision."""
-    named = {
-        (layer.index, layer.member) if layer.index >= 0 else _place_of_block(layer, caches)
-        for layer in config.layers
-    }
-    return tuple(site.name for site in caches.sites if (site.index, site.member) not in named)
+    named = {site.name for _, site in _placed(caches, config) if site is not None}
+    return tuple(site.name for site in caches.sites if site.name not in named)
 
 
 def follow_weights(config: KVConfig, caches: CacheMap, rotated: Collection[int]) -> KVConfig:
@@ -102,32 +93,48 @@ def follow_weights(config: KVConfig, caches: CacheMap, rotated: Collection[int])
     Raises:
         FingerprintMismatch: As :func:`build_caches`.
     """
-    blocks = {(site.index, site.member): site.layer for site in caches.sites}
-    layers = []
-    for layer in config.layers:
-        place = (layer.index, layer.member) if layer.index >= 0 else _place_of_block(layer, caches)
-        block = blocks.get(place) if place is not None else None
-        layers.append(replace(layer, values_rotated=block is not None and block in rotated))
+    layers = (
+        replace(layer, values_rotated=site is not None and site.layer in rotated)
+        for layer, site in _placed(caches, config)
+    )
     return replace(config, layers=tuple(layers))
 
 
-def _place_of_block(layer: KVLayer, caches: CacheMap) -> tuple[int, int | None] | None:
-    """(index, member) of the cache that a block fills, for entries that name blocks only; None: it has none.
+def _placed(caches: CacheMap, config: KVConfig) -> list[tuple[KVLayer, KVSite | None]]:
+    """Every entry with the cache that it speaks of; None where the model has none.
+
+    Raises:
+        FingerprintMismatch: An entry names a block that fills several caches.
+    """
+    by_place = {(site.index, site.member): site for site in caches.sites}
+    return [
+        (
+            layer,
+            by_place.get((layer.index, layer.member)) if layer.index >= 0 else _site_of_block(layer, caches),
+        )
+        for layer in config.layers
+    ]
+
+
+def _what(layer: KVLayer) -> str:
+    return f"{layer.index}" if layer.index >= 0 else f"of block {layer.layer}"
+
+
+def _site_of_block(layer: KVLayer, caches: CacheMap) -> KVSite | None:
+    """The cache that a block fills, for entries that name blocks only; None: it has none.
 
     Raises:
         FingerprintMismatch: The block fills several, and the entry does not say which.
     """
-    places = [
-        (site.index, site.member)
-        for site in caches.sites
-        if site.layer == layer.layer and layer.member in (None, site.member)
+    sites = [
+        site for site in caches.sites if site.layer == layer.layer and layer.member in (None, site.member)
     ]
-    if len(places) > 1:
+    if len(sites) > 1:
         raise FingerprintMismatch(
-            f"the KV configuration has one entry for block {layer.layer}, which fills {len(places)} caches; "
+            f"the KV configuration has one entry for block {layer.layer}, which fills {len(sites)} caches; "
             "make one for this model with `optiq kv-cache MODEL`"
         )
-    return places[0] if places else None
+    return sites[0] if sites else None
 
 
 def _layout(site: KVSite, layer: KVLayer, config: KVConfig, caches: CacheMap) -> Layout:
