@@ -13,12 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_optiq_ext import __version__
-from mlx_optiq_ext.errors import FingerprintMismatch, MeasurementError, UsageError
+from mlx_optiq_ext.errors import MeasurementError, UsageError
 from mlx_optiq_ext.eval.kv_score import CacheNumbers, NamedConfig, score_caches
 from mlx_optiq_ext.eval.logits import LogitCache
 from mlx_optiq_ext.eval.needle import FULL, Haystack, check_needles, needle_notes
 from mlx_optiq_ext.eval.prepare import make_exact
-from mlx_optiq_ext.eval.score import model_name
+from mlx_optiq_ext.eval.score import model_name, require_same_tokens
 from mlx_optiq_ext.formats.kv_config import read_kv_config
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
@@ -28,7 +28,15 @@ from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
-from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVScoreReport, KVScoreRow, KVTensor, NeedleCell
+from mlx_optiq_ext.types.kv import (
+    KVConfig,
+    KVLayer,
+    KVScoreReport,
+    KVScoreRow,
+    KVTensor,
+    NeedleCell,
+    cached_numbers,
+)
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import KVScoreOptions, ScoreOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
@@ -88,7 +96,8 @@ def compare_caches(
     with ExitStack() as closing:
         kept = {n: closing.enter_context(LogitCache(len(w))) for n, w in text.windows.items()}
         for ref in (reference, *candidates):
-            _require_same_tokens(ref, reference, options)
+            if ref is not reference:
+                require_same_tokens(tokenizer, reference, ref, trust_remote_code=options.trust_remote_code)
             model, about = load_model(ref, trust_remote_code=options.trust_remote_code)
             caches = observe(model)
             make_exact(model, ref.source)
@@ -180,16 +189,6 @@ def _choice(word: str, dim: int) -> Choice:
     return Choice(bits=choice.bits, group_size=max(groups)) if groups else KEEP
 
 
-def _require_same_tokens(ref: ModelRef, reference: ModelRef, options: ScoreOptions) -> None:
-    """Refuse a checkpoint whose tokens mean something else; reads no weights."""
-    first, other = (load_tokenizer(r, trust_remote_code=options.trust_remote_code) for r in (reference, ref))
-    if first.get_vocab() != other.get_vocab():
-        raise FingerprintMismatch(
-            f"{ref.source} has another tokenizer than {reference.source}: "
-            "divergence is defined only between models over the same tokens"
-        )
-
-
 def _configs(caches: CacheMap, config: KVConfig | None, uniform: Sequence[str]) -> tuple[NamedConfig, ...]:
     """All stored caches of one model, the given one first."""
     given = (NamedConfig("configured", config),) if config is not None else ()
@@ -223,7 +222,7 @@ def _row(
     divergence, top1 = estimate_mean(numbers.divergence), estimate_mean(numbers.top1)
     nll = estimate_mean(numbers.nll)
     bits = predicted_bits(caches, named.config, length)
-    cached = sum((site.numel("k") + site.numel("v")) * site.tokens_held(length) for site in caches.sites)
+    cached = cached_numbers(caches.sites, length)
     return KVScoreRow(
         model=model_label,
         cache=named.label,

@@ -13,8 +13,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
-from mlx_optiq_ext.errors import FingerprintMismatch
-from mlx_optiq_ext.eval.logits import LogitCache
+from mlx_optiq_ext.eval.logits import LogitCache, require_vocabulary
 from mlx_optiq_ext.kv.build import build_caches
 from mlx_optiq_ext.measure.divergence import kl_divergence, negative_log_likelihood, top1_agreement
 from mlx_optiq_ext.models.tape import logits_of
@@ -149,11 +148,7 @@ def logits_behind(
 def _known(kept: LogitCache, number: int, own: mx.array) -> mx.array:
     """The reference's logits of one window, of the same vocabulary."""
     reference = kept.get(number)
-    if reference.shape[-1] != own.shape[-1]:
-        raise FingerprintMismatch(
-            f"the model has {own.shape[-1]} logits where the reference has {reference.shape[-1]}: "
-            "it is no checkpoint of this reference"
-        )
+    require_vocabulary(own.shape[-1], reference.shape[-1])
     return reference
 
 

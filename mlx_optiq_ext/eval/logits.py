@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mlx_optiq_ext.errors import FingerprintMismatch
 from mlx_optiq_ext.formats.atomic import check_disk_space
 
-__all__ = ["LogitCache", "window_logits"]
+__all__ = ["LogitCache", "require_vocabulary", "window_logits"]
 
 FloatRows = npt.NDArray[np.float32]
 
@@ -57,6 +57,19 @@ def window_logits(
         start, step = start + len(batch), max(1, _BATCH_NBYTES * len(batch) // logits.nbytes)
         del logits
         mx.clear_cache()
+
+
+def require_vocabulary(found: int, wanted: int) -> None:
+    """Refuse a model with another number of logits than its reference.
+
+    Raises:
+        FingerprintMismatch: They differ.
+    """
+    if found != wanted:
+        raise FingerprintMismatch(
+            f"the model has {found} logits where the reference has {wanted}: "
+            "it is no quantization of this reference"
+        )
 
 
 class LogitCache:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
@@ -32,7 +33,7 @@ from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
 from mlx_optiq_ext.types.quant import Choice
 from mlx_optiq_ext.types.score import ScoreReport, ScoreRole, ScoreRow
 
-__all__ = ["HeldOutScorer", "model_name", "parse_uniform", "score"]
+__all__ = ["HeldOutScorer", "model_name", "parse_uniform", "require_same_tokens", "score"]
 
 _SAMPLE = "Naïve 123 tokens — if (x > 0) { return y; }\n\tΣ 你好"
 
@@ -67,7 +68,9 @@ def score(
     names = [*labels, *(model_name(candidate) for candidate in candidates[len(labels) :])]
     with HeldOutScorer(reference, options, progress, num_models=len(candidates) + len(uniform)) as scorer:
         for candidate in candidates:
-            scorer.check_tokenizer(candidate)
+            require_same_tokens(
+                scorer.tokenizer, reference, candidate, trust_remote_code=options.trust_remote_code
+            )
         for candidate, label in zip(candidates, names, strict=True):
             scorer.add_folder(candidate, label)
         for choice in uniform:
@@ -87,6 +90,27 @@ def parse_uniform(text: str) -> tuple[Choice, ...]:
 def model_name(ref: ModelRef) -> str:
     """What people call a model: its repository id, or the name of its folder."""
     return Path(ref.path).name if ref.is_local else ref.source
+
+
+def require_same_tokens(
+    tokenizer: TokenizerWrapper, reference: ModelRef, candidate: ModelRef, *, trust_remote_code: bool
+) -> None:
+    """Refuse a checkpoint whose tokens mean something else than the reference's; reads no weights.
+
+    Args:
+        tokenizer: Of the reference.
+        reference, candidate: The models.
+        trust_remote_code: Run code of the candidate's tokenizer.
+    Raises:
+        FingerprintMismatch: Vocabulary or token ids differ.
+    """
+    other = load_tokenizer(candidate, trust_remote_code=trust_remote_code)
+    same = other.get_vocab() == tokenizer.get_vocab()
+    if not same or other.encode(_SAMPLE) != tokenizer.encode(_SAMPLE):
+        raise FingerprintMismatch(
+            f"{candidate.source} has another tokenizer than {reference.source}: "
+            "divergence is defined only between models over the same tokens"
+        )
 
 
 class _WindowNumbers(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,9 +144,9 @@ class HeldOutScorer:
         self.reference = reference
         self._options = options
         self._progress = progress
-        self._tokenizer = load_tokenizer(reference, trust_remote_code=options.trust_remote_code)
+        self.tokenizer = load_tokenizer(reference, trust_remote_code=options.trust_remote_code)
         self.windows: Windows = load_windows(
-            self._tokenizer,
+            self.tokenizer,
             source=options.held_out,
             split="held_out",
             num_tokens=options.num_tokens,
@@ -144,21 +168,6 @@ class HeldOutScorer:
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
-
-    def check_tokenizer(self, candidate: ModelRef) -> None:
-        """Refuse a checkpoint whose tokens mean something else; reads no weights.
-
-        Raises:
-            FingerprintMismatch: Vocabulary or token ids differ.
-        """
-        other = load_tokenizer(candidate, trust_remote_code=self._options.trust_remote_code)
-        same = other.get_vocab() == self._tokenizer.get_vocab()
-        if not same or other.encode(_SAMPLE) != self._tokenizer.encode(_SAMPLE):
-            raise FingerprintMismatch(
-                f"{candidate.source} has another tokenizer than {self.reference.source}: "
-                "divergence is defined only between models over the same tokens; "
-                "give the model it was made from as REF"
-            )
 
     def add_folder(self, candidate: ModelRef, label: str = "") -> ScoreRow:
         """Score a checkpoint, at the bytes of its weight files."""

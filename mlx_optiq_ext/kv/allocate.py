@@ -13,7 +13,7 @@ import msgspec
 
 from mlx_optiq_ext.allocate.budget import Item, cheapest_cost, solve
 from mlx_optiq_ext.errors import BudgetInfeasible
-from mlx_optiq_ext.types.kv import KVLayer, KVProbe, KVSensitivity, KVSite, KVTensor
+from mlx_optiq_ext.types.kv import KVLayer, KVProbe, KVSensitivity, KVSite, KVTensor, cached_numbers
 from mlx_optiq_ext.types.quant import KEEP, Choice
 
 __all__ = [
@@ -88,7 +88,7 @@ def require_feasible(
         for site in sites
         for tensor in TENSORS
     }
-    least, numbers = stored_bits(sites, cheapest, extent), _numbers(sites, extent.context)
+    least, numbers = stored_bits(sites, cheapest, extent), cached_numbers(sites, extent.context)
     if least > math.floor(target_bits * numbers + 1e-6):
         bare = sorted({name for (name, _), row in offered.items() if set(row) == {KEEP}})
         if bare:
@@ -116,7 +116,7 @@ def candidates_within(table: KVSensitivity, target_bits: float, extent: Extent) 
     """
     probes = _by_place(table.probes, table.sites)
     context = extent.context
-    budget = math.floor(target_bits * _numbers(table.sites, context) + 1e-6)
+    budget = math.floor(target_bits * cached_numbers(table.sites, context) + 1e-6)
     places = list(probes)
     held = {site.name: site.tokens_held(context) for site in table.sites}
     costs = {
@@ -149,7 +149,7 @@ def uniform_pairs(
     A tensor that a pair's group does not divide, or whose only choice is keep, is kept.
     """
     probes = _by_place(table.probes, table.sites)
-    budget = target_bits * _numbers(table.sites, extent.context) + 1e-6
+    budget = target_bits * cached_numbers(table.sites, extent.context) + 1e-6
     offered = sorted({probe.choice for probe in table.probes} - {KEEP})
     found = []
     for keys, values in itertools.product(offered, offered):
@@ -193,7 +193,8 @@ def _candidate(
     return CacheCandidate(
         label=label,
         choices=choices,
-        bits_per_number=stored_bits(table.sites, choices, extent) / _numbers(table.sites, extent.context),
+        bits_per_number=stored_bits(table.sites, choices, extent)
+        / cached_numbers(table.sites, extent.context),
         predicted=predicted,
         is_uniform=is_uniform,
     )
@@ -214,11 +215,6 @@ def _exact_bits(sites: Sequence[KVSite], probes: Mapping[Place, Sequence[KVProbe
         KEEP.stored_bits(site.numel("k") + site.numel("v")) * extent.exact_tokens(site)
         for site in quantizable
     )
-
-
-def _numbers(sites: Sequence[KVSite], context: int) -> int:
-    """Cached numbers at ``context`` tokens."""
-    return sum((site.numel("k") + site.numel("v")) * site.tokens_held(context) for site in sites)
 
 
 def _numel(sites: Sequence[KVSite], place: Place) -> int:

@@ -21,7 +21,7 @@ from mlx_optiq_ext.kv.codec import Codec
 from mlx_optiq_ext.kv.store import Layout
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.intercept import intercepted
-from mlx_optiq_ext.types.kv import KVSite
+from mlx_optiq_ext.types.kv import KVSite, cache_name
 from mlx_optiq_ext.types.quant import KEEP
 
 __all__ = ["CacheMap", "all_caches", "observe", "replace_caches", "run_lazily"]
@@ -54,6 +54,8 @@ def observe(model: nn.Module, max_kv_size: int | None = None) -> CacheMap:
     if known is not None and known[0]() is model:
         return known[1]
     found = _observe(model, max_kv_size)
+    for stale in [entry for entry, (of, _) in _KNOWN.items() if of() is None]:
+        del _KNOWN[stale]
     _KNOWN[key] = (weakref.ref(model), found)
     return found
 
@@ -107,7 +109,7 @@ def _observe(model: nn.Module, max_kv_size: int | None) -> CacheMap:
     found = [notes.site(where, cache) for where, cache in _spied(spies) if where in notes.shapes]
     sites = tuple(site for site in found if site.value_dim)
     refused = tuple(
-        (f"{i}" if m is None else f"{i}.{m}", f"{kind.__name__} is not stored otherwise; left as it is")
+        (cache_name(i, m), f"{kind.__name__} is not stored otherwise; left as it is")
         for (i, m), kind in kinds.items()
         if kind not in (KVCache, RotatingKVCache) and hasattr(kind, "update_and_fetch")
     ) + tuple(

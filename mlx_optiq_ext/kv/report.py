@@ -7,7 +7,6 @@ import math
 
 from msgspec.structs import replace
 
-from mlx_optiq_ext.errors import BudgetInfeasible
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
 from mlx_optiq_ext.types.kv import (
     KVConfig,
@@ -17,6 +16,8 @@ from mlx_optiq_ext.types.kv import (
     KVSensitivity,
     KVSite,
     KVTensor,
+    cache_name,
+    cached_numbers,
     sliding_slack,
 )
 from mlx_optiq_ext.types.quant import Choice
@@ -54,30 +55,19 @@ def build_cache_report(
 
 def full_bytes_per_token(sites: tuple[KVSite, ...], context: int) -> float:
     """Bytes per token of the same cache in 16 bits."""
-    numbers = sum((site.numel("k") + site.numel("v")) * site.tokens_held(context) for site in sites)
-    return numbers * _FULL_BITS / 8 / context
+    return cached_numbers(sites, context) * _FULL_BITS / 8 / context
 
 
-def context_that_fits(
-    config: KVConfig, sites: tuple[KVSite, ...], memory: int, *, weights: int, head_room: int
-) -> int:
-    """Tokens of context for which weights, cache and head room stay within ``memory``.
+def context_that_fits(config: KVConfig, sites: tuple[KVSite, ...], left: int) -> int:
+    """Tokens of context whose cache stays within ``left`` bytes.
 
     Args:
         config: How the cache is stored.
         sites: The caches.
-        memory, weights, head_room: Bytes.
+        left: Bytes that weights and head room leave: ``quant.size.left_for_cache``.
     Returns:
         Tokens; :data:`UNBOUNDED` where every cache slides, so that any context fits.
-    Raises:
-        BudgetInfeasible: Weights and head room alone take more.
     """
-    left = memory - weights - head_room
-    if left <= 0:
-        raise BudgetInfeasible(
-            f"weights take {weights / 1e9:.2f} GB and head room {head_room / 1e9:.2f} GB of "
-            f"{memory / 1e9:.2f} GB: no room is left for a KV cache; quantize the weights further"
-        )
     low, high = 0, 1
     while _nbytes(config, sites, high) <= left and high < UNBOUNDED:
         low, high = high, high * 2
@@ -168,7 +158,7 @@ def _heat_map(config: KVConfig, table: KVSensitivity | None) -> HeatMap:
             found = {probe.choice: probe.divergence for probe in mine if probe.tensor == tensor}
             cells.append(
                 HeatCell(
-                    path=f"cache {index if member is None else f'{index}.{member}'} {name}",
+                    path=f"cache {cache_name(index, member)} {name}",
                     row=row,
                     block=position,
                     numel=site.numel(tensor) if site else 0,

@@ -11,7 +11,7 @@ from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import SensitivityTable
 
-__all__ = ["Budget", "budget_from", "format_nbytes", "head_room_nbytes", "parse_nbytes"]
+__all__ = ["Budget", "budget_from", "format_nbytes", "head_room_nbytes", "left_for_cache", "parse_nbytes"]
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*$", re.IGNORECASE)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -93,6 +93,21 @@ def format_nbytes(nbytes: float) -> str:
 def head_room_nbytes(memory: int) -> int:
     """Memory that ``--fit`` leaves for activations and the system: a tenth, at least 256 MB."""
     return max(int(memory * _HEAD_ROOM_SHARE), _HEAD_ROOM_LEAST)
+
+
+def left_for_cache(memory: int, weights: int) -> int:
+    """Bytes of ``--fit`` that weights and :func:`head_room_nbytes` leave for a KV cache.
+
+    Raises:
+        BudgetInfeasible: Nothing is left.
+    """
+    room = head_room_nbytes(memory)
+    if weights + room >= memory:
+        raise BudgetInfeasible(
+            f"--fit: weights take {format_nbytes(weights)} and head room {format_nbytes(room)} of "
+            f"{format_nbytes(memory)}; no room is left for a KV cache: quantize the weights further"
+        )
+    return memory - weights - room
 
 
 def _budget_to_fit(

@@ -3,6 +3,7 @@
 Knows nothing of MLX or files. Made by ``kv``; stored as ``kv_config.json`` and ``kv_sensitivity.json``.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -20,6 +21,8 @@ __all__ = [
     "KVSite",
     "KVTensor",
     "NeedleCell",
+    "cache_name",
+    "cached_numbers",
     "sliding_slack",
 ]
 
@@ -29,6 +32,11 @@ KVTensor = Literal["k", "v"]
 def sliding_slack(window: int) -> int:
     """Tokens that a sliding cache holds beyond its window before it drops any (an eighth of it)."""
     return max(16, window // 8)
+
+
+def cache_name(index: int, member: int | None) -> str:
+    """Short name of a cache for tables and messages: ``12``, or ``12.0`` within a list."""
+    return f"{index}" if member is None else f"{index}.{member}"
 
 
 class KVSite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,8 +59,8 @@ class KVSite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def name(self) -> str:
-        """Short name for tables: ``12`` or ``12.0``."""
-        return f"{self.index}" if self.member is None else f"{self.index}.{self.member}"
+        """Its :func:`cache_name`."""
+        return cache_name(self.index, self.member)
 
     def numel(self, tensor: KVTensor) -> int:
         """Cached numbers per token."""
@@ -61,6 +69,11 @@ class KVSite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def tokens_held(self, context: int) -> int:
         """Tokens in the cache when the context has ``context``."""
         return context if self.window is None else min(context, self.window)
+
+
+def cached_numbers(sites: Sequence[KVSite], context: int) -> int:
+    """Numbers, keys and values, that caches hold of ``context`` tokens; windows count what they hold."""
+    return sum((site.numel("k") + site.numel("v")) * site.tokens_held(context) for site in sites)
 
 
 class KVLayer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ import msgspec
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.kv_cache import plan_cache
-from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
+from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.kv_config import KV_CONFIG_FILE, write_kv_config
@@ -29,7 +29,7 @@ from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.kv.report import UNBOUNDED, build_cache_report, context_that_fits
 from mlx_optiq_ext.patches.registry import activate
-from mlx_optiq_ext.quant.size import format_nbytes, head_room_nbytes, parse_nbytes
+from mlx_optiq_ext.quant.size import format_nbytes, head_room_nbytes, left_for_cache, parse_nbytes
 from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity
 from mlx_optiq_ext.types.options import KVCacheOptions
 
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         args.model, options.revision, progress=console.progress, trust_remote_code=options.trust_remote_code
     )
     if memory is not None:
-        _require_room(Path(ref.path), memory)
+        # Before any long work, from the files; below it is what the loaded model takes.
+        left_for_cache(memory, sum(tensor.nbytes for tensor in read_folder(Path(ref.path)).values()))
     known = _measured_before(table_file)
     activate("mlx_lm.models.base")
 
@@ -90,9 +91,8 @@ def run(args: argparse.Namespace) -> int:
     fitting = None
     if memory is not None:
         room = head_room_nbytes(memory)
-        fitting = context_that_fits(
-            config, plan.table.sites, memory, weights=plan.weights_nbytes, head_room=room
-        )
+        left = left_for_cache(memory, plan.weights_nbytes)
+        fitting = context_that_fits(config, plan.table.sites, left)
         facts = (
             (
                 f"fits into {options.fit}",
@@ -117,17 +117,6 @@ def run(args: argparse.Namespace) -> int:
 def _tokens(fitting: int) -> str:
     """A context in words."""
     return "any context" if fitting >= UNBOUNDED else f"{fitting:,} tokens"
-
-
-def _require_room(folder: Path, memory: int) -> None:
-    """Refuse a ``--fit`` that the weights alone fill, before any long work."""
-    weights = sum(tensor.nbytes for tensor in read_folder(folder).values())
-    room = head_room_nbytes(memory)
-    if weights + room >= memory:
-        raise BudgetInfeasible(
-            f"--fit: weights take {format_nbytes(weights)} and head room {format_nbytes(room)} of "
-            f"{format_nbytes(memory)}; no room is left for a KV cache: quantize the weights further"
-        )
 
 
 def _measured_before(file: Path) -> KVSensitivity | None:
