@@ -3,7 +3,9 @@
 import math
 import random
 from itertools import pairwise
+from typing import Any
 
+from mlx_optiq_ext.types.metadata import CheckpointMetadata
 from mlx_optiq_ext.types.quant import (
     Allocation,
     BitMap,
@@ -182,3 +184,18 @@ def _probes(unit: Unit, blocks: int, rng: random.Random) -> list[Probe]:
         Probe(path=unit.path, choice=c, divergence=d, stderr=d / 10, by_domain=(d * 0.8, d, d * 1.4, d * 0.8))
         for c, d in zip(CHOICES, divergences, strict=True)
     ]
+
+
+def make_metadata(table: SensitivityTable, **others: Any) -> CheckpointMetadata:
+    """Record of a conversion by a table; ``others`` are further fields, or replace these."""
+    fields: dict[str, Any] = {
+        "package_version": "1.0",
+        "base_model": "example/base-135m",
+        "base_revision": "abcdef",
+        "model": table.model,
+        "method": "fisher",
+        "reference": "resident",
+        "calibration": table.calibration,
+        "allocation": make_allocation(table),
+    }
+    return CheckpointMetadata(**(fields | others))

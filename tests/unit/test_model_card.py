@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 from msgspec.structs import replace
-from support_tables import make_allocation, make_score, make_table
+from support_tables import make_metadata, make_score, make_table
 
 from mlx_optiq_ext.convert.card import card_facts, has_chat_template
 from mlx_optiq_ext.convert.describe import command_line
 from mlx_optiq_ext.hub.card import CardFacts, License, license_of_card, render_card
-from mlx_optiq_ext.types.metadata import CheckpointMetadata, MeasuredDivergence
+from mlx_optiq_ext.types.metadata import MeasuredDivergence
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions
 from mlx_optiq_ext.types.report import TextTable
@@ -79,15 +79,8 @@ def test_tables_escape_pipes_and_mark_the_row() -> None:
 def test_facts_come_from_the_conversion(tmp_path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     table, score = make_table(blocks=2), make_score()
-    metadata = CheckpointMetadata(
-        package_version="1.0",
-        base_model="example/base-135m",
-        base_revision="abcdef",
-        model=table.model,
-        method="fisher",
-        reference="resident",
-        calibration=table.calibration,
-        allocation=make_allocation(table),
+    metadata = make_metadata(
+        table,
         measured=MeasuredDivergence(
             divergence=0.135, stderr=0.005, half_width=0.0098, held_out=score.held_out
         ),
@@ -135,15 +128,7 @@ def test_the_card_says_where_imported_weights_come_from() -> None:
     table = make_table(blocks=2)
     origin = "imported from a Q4_1 GGUF file: its weights lie on a 4-bit grid already"
     table = replace(table, model=replace(table.model, origin=origin))
-    metadata = CheckpointMetadata(
-        package_version="1.0",
-        base_model="base",
-        model=table.model,
-        method="fisher",
-        reference="resident",
-        calibration=table.calibration,
-        allocation=make_allocation(table),
-    )
+    metadata = make_metadata(table, base_model="base", base_revision="")
     score = replace(make_score(), notes=(f"reference {origin}",))
     card = render_card(card_facts("out", metadata, table=table, score=score)).replace("\\", "")
     assert card.count(origin) == 1

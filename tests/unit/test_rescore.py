@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from support_tables import make_allocation, make_score, make_table
+from support_tables import make_metadata, make_score, make_table
 
 from mlx_optiq_ext.convert.describe import card_text
 from mlx_optiq_ext.convert.rescore import is_own_record, record_score
@@ -22,15 +22,8 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "out"
     (made / "optiq").mkdir(parents=True)
     table = make_table(blocks=2)
-    metadata = CheckpointMetadata(
-        package_version="1.0",
-        base_model="example/base-135m",
-        base_revision="abcdef",
-        model=table.model,
-        method="fisher",
-        reference="resident",
-        calibration=table.calibration,
-        allocation=make_allocation(table),
+    metadata = make_metadata(
+        table,
         notes=("kept", "not scored: stopped by the user"),
     )
     write_metadata(made, metadata)
