@@ -45,7 +45,7 @@ class ProgressLine:
         self._prefix = prefix
         self._quiet = quiet
         self._clock = clock
-        self._stage = ""
+        self._stage, self._done, self._is_over = "", 0, False
         self._pace = _Pace(0, 0, 0.0)
         self._drawn = -_PLAIN_LINE_S
         self._is_open = False
@@ -62,16 +62,19 @@ class ProgressLine:
     def __call__(self, event: Progress) -> None:
         """Draw one event."""
         now = self._clock()
-        starts = event.stage != self._stage
+        # A stage that counts from the beginning again is another one; its last event may come twice.
+        starts = event.stage != self._stage or event.done < self._done
+        repeats = not starts and self._is_over and event.done == self._done
+        self._done, self._is_over = event.done, event.done >= event.total
         if event.note:
             self.note(event.note)
         if starts:
             self.end()
             self._stage, self._pace = event.stage, _Pace(event.done, event.replayed, now)
         self._pace.advance(event, now)
-        if self._quiet:
+        ends = self._is_over
+        if self._quiet or repeats:
             return
-        ends = event.done >= event.total
         on_terminal = self._stream.isatty()
         if not (starts or ends or now - self._drawn >= (_REDRAW_S if on_terminal else _PLAIN_LINE_S)):
             return

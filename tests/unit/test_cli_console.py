@@ -85,6 +85,18 @@ def test_elsewhere_lines_are_sparse_and_plain() -> None:
     assert [line.split()[0] for line in lines] == ["measure"] * 8 + ["write"] * 2
 
 
+def test_an_end_is_said_once_and_a_stage_that_begins_again_anew() -> None:
+    err, clock = io.StringIO(), _Clock()
+    console = Console(err=err, clock=clock)
+    for done, total in ((1, 2), (2, 2), (2, 2), (1, 3), (3, 3)):
+        console.progress(Progress(stage="score", done=done, total=total))
+        clock.now += 4.0
+    lines = err.getvalue().splitlines()
+    assert [line.split()[2] for line in lines] == ["1/2", "2/2", "1/3", "3/3"]
+    assert "4 s" in lines[1]
+    assert "4 s" in lines[3]  # of the second round alone
+
+
 def test_rate_after_a_resume_counts_only_what_was_done_now() -> None:
     err, clock = io.StringIO(), _Clock()
     console = Console(err=err, clock=clock)
