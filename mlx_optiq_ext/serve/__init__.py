@@ -1,0 +1,1 @@
+"""HTTP: three APIs over one engine, without MLX."""
