@@ -130,6 +130,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     status: int
     """HTTP status of an answer that has not begun."""
     retry_after_s: float | None = None
+    param: str | None = None
+    """Path of the field that is to blame, in the words of :mod:`mlx_optiq_ext.types.chat`."""
 
 
 Event: TypeAlias = (
