@@ -1,4 +1,4 @@
-"""One request on its way through the engine, seen from asyncio.
+"""One request on its way through the engine, seen from asyncio; several where it asks for several answers.
 
 Knows the engine's protocol and nothing of HTTP or of a dialect. Called by every route that generates.
 """
@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from mlx_optiq_ext.types.chat import Generation
-from mlx_optiq_ext.types.events import Accepted, Event, Failed, Finished
+from mlx_optiq_ext.types.events import Accepted, Event, EventSink, Failed, Finished
 from mlx_optiq_ext.types.port import Engine
 
 __all__ = ["JobFailed", "Run"]
@@ -24,75 +24,103 @@ class JobFailed(Exception):
 
 
 class Run:
-    """Submits on entering, cancels on leaving; in between the job's events can be iterated once.
+    """Submits on entering, cancels on leaving; in between the jobs' events can be iterated once.
 
     ::
 
         async with Run(engine, request) as run:
             accepted = await run.accepted()
-            async for event in run.events():
+            async for told in run.events():
                 ...
 
-    Leaving early (an exception, a closed stream, a client that went away) cancels the job.
+    Leaving early (an exception, a closed stream, a client that went away) cancels what has not ended.
+
+    Args:
+        engine: Who runs them.
+        requests: One per answer; an event tells by its place here which of them it belongs to.
     """
 
-    def __init__(self, engine: Engine, request: Generation) -> None:
+    def __init__(self, engine: Engine, *requests: Generation) -> None:
         self._engine = engine
-        self._request = request
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._job: str | None = None
-        self._ended = False
+        self._requests = requests
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._waiting: list[tuple[int, Event]] = []
+        self._jobs: dict[int, str] = {}
 
     async def __aenter__(self) -> Self:
+        try:
+            for index, request in enumerate(self._requests):
+                self._jobs[index] = self._engine.submit(request, self._deliver(index))
+        except BaseException:
+            self._cancel()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cancel()
+
+    async def accepted(self) -> Accepted:
+        """Wait until every prompt is rendered and fits; what the first of them says of itself.
+
+        Raises:
+            JobFailed: The engine refuses one.
+        """
+        accepted: dict[int, Accepted] = {}
+        while len(accepted) < len(self._requests):
+            index, event = await self._next()
+            if isinstance(event, Accepted):
+                accepted[index] = event
+            elif index in accepted:
+                self._waiting.append((index, event))
+            else:
+                raise TypeError(f"a job's first event is {type(event).__name__}, not Accepted or Failed")
+        return accepted[0]
+
+    async def events(self, heartbeat_s: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
+        """Everything after ``Accepted``, up to and with the last ``Finished``, each with its answer's index.
+
+        Args:
+            heartbeat_s: Yield None whenever nothing happened for so long.
+        Raises:
+            JobFailed: A job ended in the middle.
+        """
+        for told in self._waiting:
+            self._note_end(*told)
+            yield told
+        while self._jobs:
+            try:
+                told = await asyncio.wait_for(self._next(), heartbeat_s)
+            except TimeoutError:
+                yield None
+                continue
+            self._note_end(*told)
+            yield told
+
+    def _deliver(self, index: int) -> EventSink:
         loop = asyncio.get_running_loop()
         queue = self._queue
 
         def deliver(event: Event) -> None:
             # The loop is closed only after every request is cancelled or the process is leaving anyway.
             if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
-        self._job = self._engine.submit(self._request, deliver)
-        return self
+        return deliver
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._job is not None and not self._ended:
-            self._engine.cancel(self._job)
-
-    async def accepted(self) -> Accepted:
-        """Wait until the prompt is rendered and fits.
-
-        Raises:
-            JobFailed: The engine refuses it.
-        """
-        event = await self._queue.get()
+    async def _next(self) -> tuple[int, Event]:
+        index, event = await self._queue.get()
         if isinstance(event, Failed):
-            self._ended = True
+            self._jobs.pop(index, None)
             raise JobFailed(event)
-        if not isinstance(event, Accepted):
-            raise TypeError(f"a job's first event is {type(event).__name__}, not Accepted or Failed")
-        return event
+        return index, event
 
-    async def events(self, heartbeat_s: float | None = None) -> AsyncIterator[Event | None]:
-        """Everything after ``Accepted``, up to and with ``Finished``.
+    def _note_end(self, index: int, event: Event) -> None:
+        if isinstance(event, Finished):
+            del self._jobs[index]
 
-        Args:
-            heartbeat_s: Yield None whenever nothing happened for so long.
-        Raises:
-            JobFailed: The job ended in the middle.
-        """
-        while True:
-            try:
-                event = await asyncio.wait_for(self._queue.get(), heartbeat_s)
-            except TimeoutError:
-                yield None
-                continue
-            if isinstance(event, Failed):
-                self._ended = True
-                raise JobFailed(event)
-            self._ended = isinstance(event, Finished)
-            yield event
-            if self._ended:
-                return
+    def _cancel(self) -> None:
+        for job in self._jobs.values():
+            self._engine.cancel(job)
+        self._jobs.clear()

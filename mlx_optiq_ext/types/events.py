@@ -6,9 +6,11 @@ last one is exactly one ``Finished`` or ``Failed``.
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import msgspec
+
+from mlx_optiq_ext.errors import EngineError, OptiqError, PromptTooLong, RequestError
 
 __all__ = [
     "Accepted",
@@ -132,6 +134,20 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     retry_after_s: float | None = None
     param: str | None = None
     """Path of the field that is to blame, in the words of :mod:`mlx_optiq_ext.types.chat`."""
+    limit: int | None = None
+    """Tokens of the context, of ``PromptTooLong``."""
+
+    @classmethod
+    def of(cls, error: OptiqError) -> Self:
+        """The event that tells of ``error``."""
+        return cls(
+            kind=type(error).__name__,
+            message=str(error),
+            status=error.status,
+            retry_after_s=error.retry_after_s if isinstance(error, EngineError) else None,
+            param=error.param if isinstance(error, RequestError) else None,
+            limit=error.limit if isinstance(error, PromptTooLong) else None,
+        )
 
 
 Event: TypeAlias = (

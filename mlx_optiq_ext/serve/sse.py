@@ -1,0 +1,225 @@
+"""Answers to requests that generate: server-sent events while the engine works, or one document at the end.
+
+The engine accepts a request before anything is sent, so a refusal is a real 4xx; then headers and the first
+event leave at once, before prefill. A client that leaves cancels its jobs, streaming or not. Knows no
+dialect: each gives an :class:`EventWriter` and a :class:`Collector`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Coroutine, Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from litestar import Request
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from mlx_optiq_ext.serve.account import Account
+from mlx_optiq_ext.serve.errors import problem_of
+from mlx_optiq_ext.serve.run import Run
+from mlx_optiq_ext.types.events import Accepted, Event, Failed
+
+__all__ = [
+    "ClientLeft",
+    "Collector",
+    "EventWriter",
+    "answer_whole",
+    "sse_event",
+    "stream_answer",
+    "until_left",
+]
+
+T = TypeVar("T")
+
+HEARTBEAT_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class ClientLeft(HTTPException):
+    """The client closed its connection before the answer was complete; nobody is told."""
+
+    status_code = 499
+
+
+class EventWriter(Protocol):
+    """Renders the events of one answer (or of several, told apart by ``choice``) as a dialect's stream."""
+
+    def first(self, accepted: Accepted) -> bytes:
+        """What is sent with the headers, before prefill."""
+
+    def feed(self, event: Event, choice: int) -> bytes:
+        """What an event adds; empty for nothing. After the last ``Finished`` it ends the stream."""
+
+    def heartbeat(self) -> bytes:
+        """What shows during a second without other output that the server is alive."""
+
+    def failed(self, failed: Failed) -> bytes:
+        """The error that ends a stream in the middle."""
+
+
+class Collector(Protocol):
+    """Gathers the same events into one document."""
+
+    def first(self, accepted: Accepted) -> None:
+        """Begin."""
+
+    def feed(self, event: Event, choice: int) -> None:
+        """Take an event."""
+
+    def answer(self) -> Any:
+        """The document, as msgspec writes it."""
+
+
+def sse_event(name: str | None, data: Any) -> bytes:
+    """One event: with an ``event:`` line where it has a name, and the data as JSON in one line."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def stream_answer(run: Run, writer: EventWriter, headers: Mapping[str, str] | None = None) -> ASGIApp:
+    """Answer with server-sent events; to be returned by a route declared ``-> ASGIApp``.
+
+    Raises:
+        JobFailed: When it is sent: the engine refuses the request, and nothing has been sent.
+        OptiqError: The same, where the engine refuses at once.
+    """
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        account = Account.of(scope)
+
+        async def work() -> None:
+            async with run:
+                accepted = await run.accepted()
+                account.see(accepted)
+                await send(
+                    _start(
+                        "text/event-stream; charset=utf-8", {"cache-control": "no-cache", **(headers or {})}
+                    )
+                )
+                await _send_more(send, writer.first(accepted))
+                await _send_events(run, writer, send, account)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await _unless_left(receive, work(), account)
+
+    return app
+
+
+def answer_whole(run: Run, collector: Collector, headers: Mapping[str, str] | None = None) -> ASGIApp:
+    """Answer with one document when all is done; to be returned by a route declared ``-> ASGIApp``.
+
+    Raises:
+        JobFailed: When it is sent: the engine refused the request or lost it.
+        OptiqError: The same, where the engine refuses at once.
+    """
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        account = Account.of(scope)
+
+        async def work() -> bytes:
+            async with run:
+                accepted = await run.accepted()
+                account.see(accepted)
+                collector.first(accepted)
+                async for told in run.events():
+                    if told is not None:
+                        index, event = told
+                        account.see(event)
+                        collector.feed(event, index)
+            return msgspec.json.encode(collector.answer())
+
+        body = await _unless_left(receive, work(), account)
+        if body is not None:
+            await send(_start("application/json", {"content-length": str(len(body)), **(headers or {})}))
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    return app
+
+
+async def until_left(request: Request[Any, Any, Any], future: "Future[T]") -> T:
+    """Wait for something of the engine; cancel it when the client leaves.
+
+    Raises:
+        ClientLeft: It did.
+    """
+
+    async def result() -> T:
+        return await asyncio.wrap_future(future)
+
+    return await _until_left(request.receive, result())
+
+
+async def _send_events(run: Run, writer: EventWriter, send: Send, account: Account) -> None:
+    sent = time.monotonic()
+    try:
+        async for told in run.events(HEARTBEAT_S):
+            chunk = b""
+            if told is not None:
+                index, event = told
+                account.see(event)
+                chunk = writer.feed(event, index)
+            if not chunk and time.monotonic() - sent >= HEARTBEAT_S:
+                chunk = writer.heartbeat()
+            if chunk:
+                sent = time.monotonic()
+                await _send_more(send, chunk)
+    except Exception as error:  # noqa: BLE001 - a border: headers are out, so the stream itself tells
+        await _send_more(send, writer.failed(_failed(error)))
+
+
+def _failed(error: Exception) -> Failed:
+    problem = problem_of(error)
+    return Failed(
+        kind=problem.kind,
+        message=problem.message,
+        status=problem.status,
+        retry_after_s=problem.retry_after_s,
+        param=problem.param,
+        limit=problem.limit,
+    )
+
+
+async def _unless_left(receive: Receive, work: Coroutine[Any, Any, T], account: Account) -> T | None:
+    try:
+        return await _until_left(receive, work)
+    except ClientLeft:
+        account.client_left = True
+        return None
+
+
+async def _until_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeft
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client has closed its connection; the request's body has been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _start(media_type: str, headers: Mapping[str, str]) -> Any:
+    pairs = {"content-type": media_type, **headers}
+    return {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [
+            (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs.items()
+        ],
+    }
+
+
+def _send_more(send: Send, chunk: bytes) -> Awaitable[None]:
+    return send({"type": "http.response.body", "body": chunk, "more_body": True})
