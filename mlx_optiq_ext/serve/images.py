@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -150,6 +151,7 @@ def _response(parts: SplitResult, address: str, timeout_s: float) -> Iterator[ht
     # The time limit of a socket holds per read; ending it from outside bounds them all together.
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True
+    deadline = time.monotonic() + timeout_s
     timer.start()
     connection = http.client.HTTPConnection(parts.hostname or "", _port(parts))
     try:
@@ -162,7 +164,7 @@ def _response(parts: SplitResult, address: str, timeout_s: float) -> Iterator[ht
         path = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
         connection.request("GET", path, headers={"Accept": ", ".join(MEDIA_TYPES)})
         yield connection.getresponse()
-        if timer.finished.is_set():
+        if time.monotonic() >= deadline:
             raise TimeoutError("the picture was not complete in time")
     finally:
         timer.cancel()
