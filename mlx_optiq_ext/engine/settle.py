@@ -1,0 +1,25 @@
+"""Carry what happens on one thread to whoever waits on another."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+__all__ = ["attempt", "settle"]
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def settle(future: "Future[T]", action: Callable[[], T]) -> None:
+    """Give a future what the action answers or raises."""
+    attempt(lambda: future.set_result(action()), future.set_exception)
+
+
+def attempt(action: Callable[[], None], otherwise: Callable[[Exception], None]) -> None:
+    """Run an action; what it raises goes to ``otherwise``, which tells the one who asked."""
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001  told to the one who asked
+        _log.debug("a request was refused", exc_info=True)
+        otherwise(error)
