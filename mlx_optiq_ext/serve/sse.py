@@ -35,6 +35,7 @@ __all__ = [
 T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
+_LINE_ENDS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 _log = logging.getLogger(__name__)
 
 
@@ -74,9 +75,15 @@ class Collector(Protocol):
 
 
 def sse_event(name: str | None, data: Any) -> bytes:
-    """One event: with an ``event:`` line where it has a name, and the data as JSON in one line."""
+    """One event: with an ``event:`` line where it has a name, and the data as JSON in one line.
+
+    Other line ends of Unicode are escaped: clients that split on any of them would tear the event apart.
+    """
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
+    line = msgspec.json.encode(data)
+    for line_end, escaped in _LINE_ENDS.items():
+        line = line.replace(line_end, escaped)
+    return head + b"data: " + line + b"\n\n"
 
 
 def stream_answer(run: Run, writer: EventWriter, headers: Mapping[str, str] | None = None) -> ASGIApp:
