@@ -3,18 +3,15 @@
 Knows the sensitivity table's totals and nothing of how bits are spent. Called by ``bitmap``.
 """
 
-import re
-
 import msgspec
 
 from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
+from mlx_optiq_ext.types.nbytes import format_nbytes, parse_nbytes
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import SensitivityTable
 
 __all__ = ["Budget", "budget_from", "format_nbytes", "head_room_nbytes", "left_for_cache", "parse_nbytes"]
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*$", re.IGNORECASE)
-_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _HEAD_ROOM_SHARE = 0.10
 _HEAD_ROOM_LEAST = 256_000_000
 # A safetensors header names every tensor with its type, shape and two offsets: about 110 bytes and the name.
@@ -63,31 +60,6 @@ def budget_from(
             bits=8 * (nbytes - _header_nbytes(table)), origin=f"--target-size {options.target_size}"
         )
     return _budget_to_fit(table, options, kv_bytes_per_token)
-
-
-def parse_nbytes(text: str, *, flag: str = "size") -> int:
-    """Bytes in ``4.5GB``, ``900MB``, ``4.5G`` (decimal, 1000-based) or ``4GiB`` (1024-based).
-
-    Raises:
-        UsageError: No such size.
-    """
-    match = _SIZE.match(text)
-    if not match or not (match[2] or match[4]) or (match[3] and not match[2]):
-        raise UsageError(f"{flag} {text!r} is not a size; write it like 4.5GB, 900MB or 4GiB")
-    base = 1024 if match[3] else 1000
-    nbytes = int(float(match[1]) * base ** _POWER[match[2].lower()])
-    if nbytes <= 0:
-        raise UsageError(f"{flag} {text!r} is nothing; write it like 4.5GB, 900MB or 4GiB")
-    return nbytes
-
-
-def format_nbytes(nbytes: float) -> str:
-    """Decimal size for people: ``4.52 GB``, ``88.4 MB``, ``12 kB``."""
-    if abs(nbytes) >= 1e9:
-        return f"{nbytes / 1e9:.2f} GB"
-    if abs(nbytes) >= 1e6:
-        return f"{nbytes / 1e6:.1f} MB"
-    return f"{nbytes / 1e3:.0f} kB"
 
 
 def head_room_nbytes(memory: int) -> int:
