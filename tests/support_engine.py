@@ -2,11 +2,14 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-from mlx_optiq_ext.errors import OptiqError
+import msgspec
+
+from mlx_optiq_ext.errors import EngineStopped, OptiqError
 from mlx_optiq_ext.types.chat import Generation, Text
 from mlx_optiq_ext.types.events import (
     Accepted,
@@ -180,6 +183,21 @@ class FakeEngine:
     def log(self, text: str, level: str = "INFO") -> None:
         """Add a line."""
         self._lines.append(LogLine(number=len(self._lines) + 1, time=1.5, level=level, text=text))
+
+    def drain(self, timeout_s: float) -> bool:
+        """Say that it drains, and wait for the jobs."""
+        self.now = msgspec.structs.replace(self.now, state="draining")
+        self.refuse = EngineStopped("the server is stopping", retry_after_s=3.0)
+        until = time.monotonic() + timeout_s
+        while len(self.ended) < len(self._stops) and time.monotonic() < until:
+            time.sleep(0.01)
+        return len(self.ended) == len(self._stops)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Stop all jobs."""
+        self.called.append("close")
+        for stop in self._stops.values():
+            stop.set()
 
     def _future(self, value: T) -> "Future[T]":
         future: Future[T] = Future()

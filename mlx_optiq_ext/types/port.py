@@ -31,7 +31,7 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """Runs requests; every method may be called from any thread and none of them blocks for long."""
+    """Runs requests; every method may be called from any thread; only the last two block for long."""
 
     def submit(self, request: Generation, deliver: EventSink) -> str:
         """Take a request and return its job's name.
@@ -68,3 +68,9 @@ class Engine(Protocol):
 
     def log_lines(self, after: int = 0) -> tuple[LogLine, ...]:
         """The lines that are kept, newer than ``after``."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those that run; whether all of them ended. Blocks."""
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """End what runs, keep what survives a restart, stop. Blocks."""
