@@ -1,0 +1,90 @@
+"""What surrounds every request before and after it is routed: doors, time limits, the access log.
+
+An ASGI layer between Litestar and its router, so that unknown paths pass through it as well.
+"""
+
+import logging
+from typing import Any
+
+from litestar import Request
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.serve.account import Account
+from mlx_optiq_ext.serve.auth import Doors
+from mlx_optiq_ext.serve.dialect import answer_problem
+from mlx_optiq_ext.serve.limits import arrive_within
+
+__all__ = ["Frame"]
+
+_log = logging.getLogger("mlx_optiq_ext.access")
+_QUIET_PATHS = ("/health", "/metrics", "/optiq/status", "/optiq/log")
+"""Asked again and again by machines: logged below INFO."""
+
+
+class Frame:
+    """Lets requests in, bounds their arrival and logs each in one line, without bodies or keys.
+
+    Args:
+        inner: The router.
+        doors: Who may ask.
+        timeout_s: Seconds until a whole request must have arrived.
+    """
+
+    def __init__(self, inner: ASGIApp, doors: Doors, timeout_s: float) -> None:
+        self._inner = inner
+        self._doors = doors
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != ScopeType.HTTP:
+            await self._inner(scope, receive, send)
+            return
+        account = Account.of(scope)
+        cors = self._doors.cors(scope["headers"])
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *cors]
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, noted)
+        finally:
+            _log_request(scope, account, status)
+
+    async def _serve(self, scope: Any, receive: Receive, send: Send) -> None:
+        server = (scope.get("server") or (None,))[0]
+        try:
+            preflight = self._doors.preflight(scope["method"], scope["headers"], server)
+            if preflight is not None:
+                await send({"type": "http.response.start", "status": 204, "headers": preflight})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
+            self._doors.check(scope["path"], scope["headers"], server)
+        except OptiqError as error:
+            request: Request[Any, Any, Any] = Request(scope, receive, send)
+            response = answer_problem(request, error)
+            await response.to_asgi_response(app=None, request=request)(scope, receive, send)
+            return
+        await self._inner(scope, arrive_within(receive, self._timeout_s), send)
+
+
+def _log_request(scope: Any, account: Account, status: int) -> None:
+    words = [f"{scope['method']} {scope['path']} {499 if account.client_left else status}"]
+    if account.model:
+        words.append(f"model={account.model}")
+        words.append(
+            f"tokens={account.prompt_tokens} cached={account.cached_tokens} out={account.completion_tokens}"
+        )
+    if account.first_token_s is not None:
+        words.append(f"first={account.first_token_s:.3f}s")
+    words.append(f"total={account.elapsed_s:.3f}s")
+    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status < 400 else logging.INFO
+    # A path may hold line ends after decoding; one request stays one line.
+    _log.log(level, "%s", " ".join(words).encode("unicode_escape").decode("ascii")[:1000])

@@ -1,0 +1,36 @@
+"""Limits on what a client may send: how long a request may take to arrive.
+
+The size of a body is Litestar's to check, that of the headers the protocol's (``serve.run_server``).
+"""
+
+import asyncio
+import time
+
+from litestar.exceptions import HTTPException
+from litestar.types import HTTPReceiveMessage, Receive, WebSocketReceiveMessage
+
+__all__ = ["arrive_within"]
+
+
+def arrive_within(receive: Receive, timeout_s: float) -> Receive:
+    """Wrap ``receive`` so that the body must be complete in time; what comes later is not limited.
+
+    The wrapped function raises an ``HTTPException`` 408 when it is not.
+    """
+    deadline = time.monotonic() + timeout_s
+    complete = False
+
+    async def received() -> HTTPReceiveMessage | WebSocketReceiveMessage:
+        nonlocal complete
+        if complete:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise HTTPException(
+                f"the request did not arrive within {timeout_s:g} s", status_code=408
+            ) from None
+        complete = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    return received

@@ -1,0 +1,147 @@
+"""Listening: uvicorn around the application, from the socket to the last running answer.
+
+A first SIGTERM or SIGINT drains: new requests get 503, running ones end, and after ``drain_s`` what still
+runs is cut. A second one leaves at once. Called by ``optiq serve``.
+"""
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from litestar.types import ASGIApp
+
+from mlx_optiq_ext.errors import EngineError, UsageError
+from mlx_optiq_ext.serve.protocol import limited_protocol
+from mlx_optiq_ext.types.port import Engine
+from mlx_optiq_ext.types.serve import ServeOptions
+
+__all__ = ["Server", "run_server"]
+
+_log = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 75
+_LAST_WORDS_S = 5
+"""What answers get to be sent once the engine has ended them all."""
+
+
+class Server(uvicorn.Server):
+    """One listening socket, an application and the engine behind it.
+
+    Args:
+        app: What :func:`.create_app` made.
+        engine: Drained and closed when the server ends.
+        options: Address, port and time limits.
+        on_listening: Told the URL once requests are taken.
+    Raises:
+        UsageError: The address cannot be listened on.
+    """
+
+    def __init__(
+        self, app: ASGIApp, engine: Engine, options: ServeOptions, on_listening: Callable[[str], None]
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=limited_protocol(options.timeout_s),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_LAST_WORDS_S,
+            )
+        )
+        self._engine = engine
+        self._drain_s = options.drain_s
+        self._on_listening = on_listening
+        self._socket = _listen(options.host, options.port)
+        self._draining: threading.Thread | None = None
+        self.engine_failed = False
+
+    def serve_until_stopped(self) -> None:
+        """Take requests until a signal, :meth:`stop`, or the engine's failure. Blocks."""
+        try:
+            self.run(sockets=[self._socket])
+        finally:
+            self._socket.close()
+            if self._draining is None:
+                self._engine.close()
+            else:
+                self._draining.join()
+
+    def stop(self) -> None:
+        """Drain, then end; from any thread. The second call ends at once."""
+        if self._draining is not None:
+            self.force_exit = True
+            self.should_exit = True
+            return
+        _log.info("stopping: running requests get %g s; stop again to leave at once", self._drain_s)
+        self._draining = threading.Thread(target=self._drain, name="optiq-drain", daemon=True)
+        self._draining.start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's names
+        """Stop on a signal; the process ends with our exit code, not by the signal."""
+        self.stop()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell where."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening(_url(self._socket))
+
+    async def on_tick(self, counter: int) -> bool:
+        """End when the engine has failed for good."""
+        if self._draining is None and self._engine.status().state == "failed":
+            self.engine_failed = True
+            return True
+        return await super().on_tick(counter)
+
+    def _drain(self) -> None:
+        if not self._engine.drain(self._drain_s):
+            _log.warning("requests still run after %g s and are cut", self._drain_s)
+        self._engine.close()
+        self.should_exit = True
+
+
+def run_server(
+    app: ASGIApp, engine: Engine, options: ServeOptions, *, on_listening: Callable[[str], None]
+) -> int:
+    """Serve until stopped; the exit code of the command line.
+
+    Args:
+        app: What :func:`.create_app` made.
+        engine: Started; closed here.
+        options: Address, port and time limits.
+        on_listening: Told the URL once requests are taken.
+    Raises:
+        UsageError: The address cannot be listened on.
+    """
+    try:
+        server = Server(app, engine, options, on_listening)
+    except UsageError:
+        engine.close()
+        raise
+    server.serve_until_stopped()
+    return EngineError.exit_code if server.engine_failed else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; give another --host or --port "
+            "(0 takes a free one)"
+        ) from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
