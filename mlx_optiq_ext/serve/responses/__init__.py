@@ -1,0 +1,1 @@
+"""The OpenAI Responses dialect: ``/v1/responses``, its store and its token count."""
