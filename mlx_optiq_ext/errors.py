@@ -12,6 +12,7 @@
      │  └ FingerprintMismatch      3    two artefacts belong to different models
      ├ MeasurementError            4    non-finite values, too few tokens, nothing to measure
      ├ VerificationError           4    what was written is not what was planned
+     ├ AdapterError                5    an adapter does not fit the model (HTTP 400)
      ├ RequestError                –    what a client sent cannot be served (HTTP 400)
      │  ├ PromptTooLong            –    more tokens than the context has (400)
      │  ├ UnknownName              –    no such model, adapter or stored response (404)
@@ -32,6 +33,7 @@ A message says what was found, where, and what would work.
 from typing import ClassVar
 
 __all__ = [
+    "AdapterError",
     "BudgetInfeasible",
     "EngineError",
     "EngineStopped",
@@ -108,6 +110,13 @@ class VerificationError(OptiqError):
     """A written checkpoint is not what was planned."""
 
     exit_code = 4
+
+
+class AdapterError(OptiqError):
+    """An adapter cannot be used on this model."""
+
+    exit_code = 5
+    status = 400
 
 
 class RequestError(OptiqError):
