@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from mlx_optiq_ext.hub.card import CardFacts, License
-from mlx_optiq_ext.quant.figures import plus_minus
 from mlx_optiq_ext.quant.report import build_report
+from mlx_optiq_ext.types.figures import plus_minus
 from mlx_optiq_ext.types.metadata import CheckpointMetadata
 from mlx_optiq_ext.types.quant import SensitivityTable
 from mlx_optiq_ext.types.score import ScoreReport

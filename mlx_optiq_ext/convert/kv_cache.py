@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import msgspec
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
-from mlx_optiq_ext.convert.kv_accept import accept, compare_candidates, estimate_note
+from mlx_optiq_ext.convert.kv_accept import accept, compare_candidates, estimate_note, loss_notes
 from mlx_optiq_ext.errors import MeasurementError, UsageError
 from mlx_optiq_ext.eval.prepare import make_exact, parameter_nbytes
 from mlx_optiq_ext.hub.fingerprint import fingerprint
@@ -34,8 +35,10 @@ from mlx_optiq_ext.kv.sensitivity import (
     choices_for,
     estimate_divergences,
 )
+from mlx_optiq_ext.measure.records import Split
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
+from mlx_optiq_ext.types.figures import FEWEST_WINDOWS
 from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity, KVTensor
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import KVCacheOptions
@@ -81,7 +84,7 @@ def plan_cache(
         MeasurementError: No text for any prefix length, or gradients that are not finite.
         ResourceError: The weights do not fit into memory.
     Cost: per prefix length one forward and, per label sample, one recomputation and one backward pass; then
-        one forward per candidate over the held-out text.
+        one forward over the held-out text per candidate, half of it for those that are clearly worse.
     """
     model, model_config = load_model(ref, trust_remote_code=options.trust_remote_code)
     folded = rotated_blocks(model_config)
@@ -92,10 +95,8 @@ def plan_cache(
     require_feasible(caches.sites, candidates, options.target_bits, extent)
     tokenizer = load_tokenizer(ref, trust_remote_code=options.trust_remote_code)
     make_exact(model, ref.source)
-    lengths = prefix_lengths(options.context)
-    text = load_sessions(
-        tokenizer, lengths, num_tokens=options.num_tokens, source=options.calibration, split="calibration"
-    )
+    text = _sessions(tokenizer, options, "calibration")
+    held_out = _sessions(tokenizer, options, "held_out")
     model_id, settings = fingerprint(ref), _settings(options, text)
     reused = known is not None and known.model == model_id and known.settings == settings
     if known is not None and reused:
@@ -106,20 +107,37 @@ def plan_cache(
         table = replace(table, model=model_id, settings=settings)
         on_table(table)
     found = candidates_within(table, options.target_bits, extent)
-    held_out = load_sessions(
-        tokenizer, lengths, num_tokens=options.num_tokens, source=options.held_out, split="held_out"
-    )
     configs = [_config(table, candidate, options) for candidate in found]
     scored = compare_candidates(model, found, configs, held_out, progress)
-    order = sorted(range(len(found)), key=lambda k: scored.scores[k].divergence)
-    accepted, reason = accept(found, scored)
-    scores = tuple(replace(scored.scores[k], accepted=k == accepted) for k in order)
+    accepted, reason = accept(scored)
+    score = accepted.score()
+    scores = tuple(replace(entry.score(), accepted=entry is accepted) for entry in scored)
     table = replace(table, scores=scores, notes=tuple(dict.fromkeys((*table.notes, *held_out.info.notes))))
     notes = (*table.notes, *_dense_note(caches), *_context_note(model_config, options.context))
-    if not options.recent and not options.first:
-        notes += estimate_note(found[accepted], scored.scores[accepted])
-    config = replace(configs[accepted], chosen=reason, notes=notes, held_out_sha256=held_out.info.sha256)
+    notes += loss_notes(accepted.candidate, score)
+    if options.recent or options.first:
+        notes += (_exact_note(options),)
+    else:
+        notes += estimate_note(accepted.candidate, score)
+    config = replace(accepted.config, chosen=reason, notes=notes, held_out_sha256=held_out.info.sha256)
     return CachePlan(table, config, reused, weights)
+
+
+def _sessions(tokenizer: TokenizerWrapper, options: KVCacheOptions, split: Split) -> Sessions:
+    """Text to measure, or to compare on; refused before any long work where it reaches no prefix length."""
+    measures = split == "calibration"
+    text = load_sessions(
+        tokenizer,
+        prefix_lengths(options.context),
+        num_tokens=options.num_tokens,
+        source=options.calibration if measures else options.held_out,
+        split=split,
+        least=1 if measures else FEWEST_WINDOWS,
+    )
+    if not text.windows:
+        verb = "measured" if measures else "compared"
+        raise MeasurementError(f"nothing can be {verb}: {'; '.join(text.info.notes)}")
+    return text
 
 
 def _settings(options: KVCacheOptions, text: Sessions) -> str:
@@ -176,8 +194,6 @@ def _measure(
     how: EstimateSettings,
     progress: ProgressSink,
 ) -> KVSensitivity:
-    if not text.windows:
-        raise MeasurementError(f"no prefix can be measured: {'; '.join(text.info.notes)}")
     model.train()  # gives the differentiable form of kernels that have no gradient
     windows = [KVTokens(length, tokens) for length, tokens in text.windows.items()]
     estimates = estimate_divergences(model, caches, windows, candidates, how, progress)
@@ -222,6 +238,14 @@ def _context_note(config: dict[str, Any], context: int) -> tuple[str, ...]:
     if not isinstance(limit, int) or context <= limit:
         return ()
     return (f"the model's config names {limit:,} positions, --context is {context:,}",)
+
+
+def _exact_note(options: KVCacheOptions) -> str:
+    """What estimates do not know of tokens in full precision."""
+    return (
+        "estimates per layer are of packed tokens alone: they do not know of the first "
+        f"{options.first} and last {options.recent} tokens in full precision, the whole caches compared do"
+    )
 
 
 def _dense_note(caches: CacheMap) -> tuple[str, ...]:

@@ -34,6 +34,9 @@ TENSORS: tuple[KVTensor, KVTensor] = ("k", "v")
 SHRINKAGE = (0.0, 0.35, 0.7)
 """How far a layer's estimates are moved, on a log scale, towards the mean of all layers."""
 
+PAIR_MARGIN = 3.0
+"""Uniform pairs are run that are predicted to diverge at most so many times as much as the best."""
+
 
 class CacheCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """One complete way to store a cache within the budget."""
@@ -105,7 +108,7 @@ def require_feasible(
 
 
 def candidates_within(table: KVSensitivity, target_bits: float, extent: Extent) -> tuple[CacheCandidate, ...]:
-    """Allocations at several shrinkages, then the best uniform pairs; every one within the budget.
+    """Allocations at several shrinkages, then :func:`uniform_pairs`; every one within the budget.
 
     Args:
         table: What was measured.
@@ -141,23 +144,35 @@ def candidates_within(table: KVSensitivity, target_bits: float, extent: Extent) 
     return (*(c for c in found if all(c.choices != pair.choices for pair in pairs)), *pairs)
 
 
-def uniform_pairs(
-    table: KVSensitivity, target_bits: float, extent: Extent, count: int = 3
-) -> tuple[CacheCandidate, ...]:
-    """The ``count`` uniform pairs within the budget that are predicted best; none where none fits.
+def uniform_pairs(table: KVSensitivity, target_bits: float, extent: Extent) -> tuple[CacheCandidate, ...]:
+    """Uniform pairs within the budget that may be the best of all, as predicted best first; none may fit.
 
+    Left out are pairs of which another one stores keys and values both at least as finely (bits as many or
+    more, groups as small or smaller), and pairs predicted beyond :data:`PAIR_MARGIN` times the best.
     A tensor that a pair's group does not divide, or whose only choice is keep, is kept.
     """
     probes = _by_place(table.probes, table.sites)
     budget = target_bits * cached_numbers(table.sites, extent.context) + 1e-6
     offered = sorted({probe.choice for probe in table.probes} - {KEEP})
-    found = []
-    for keys, values in itertools.product(offered, offered):
-        choices = {place: _nearest(probes[place], keys if place[1] == "k" else values) for place in probes}
+    fitting = {}
+    for pair in itertools.product(offered, offered):
+        choices = {place: _nearest(probes[place], pair[TENSORS.index(place[1])]) for place in probes}
         if stored_bits(table.sites, choices, extent) <= budget:
-            label = f"uniform K {keys.label} V {values.label}"
-            found.append(_candidate(table, probes, choices, extent, label, is_uniform=True))
-    return tuple(sorted(found, key=lambda candidate: candidate.predicted)[:count])
+            fitting[pair] = choices
+    found = [
+        _candidate(table, probes, choices, extent, f"uniform K {k.label} V {v.label}", is_uniform=True)
+        for (k, v), choices in fitting.items()
+        if not any(other != (k, v) and _is_finer(other, (k, v)) for other in fitting)
+    ]
+    most = PAIR_MARGIN * min((candidate.predicted for candidate in found), default=0.0)
+    return tuple(sorted((c for c in found if c.predicted <= most), key=lambda c: c.predicted))
+
+
+def _is_finer(pair: tuple[Choice, Choice], than: tuple[Choice, Choice]) -> bool:
+    return all(
+        one.bits >= other.bits and one.group_size <= other.group_size
+        for one, other in zip(pair, than, strict=True)
+    )
 
 
 def layers_of(table: KVSensitivity, choices: Mapping[Place, Choice]) -> tuple[KVLayer, ...]:

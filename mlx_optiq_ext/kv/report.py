@@ -8,6 +8,7 @@ import math
 from msgspec.structs import replace
 
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
+from mlx_optiq_ext.types.figures import FEWEST_WINDOWS, divergence_text, number_text
 from mlx_optiq_ext.types.kv import (
     KVConfig,
     KVLayer,
@@ -129,9 +130,7 @@ def _comparison(table: KVSensitivity) -> TextTable:
         columns=("storage", "bits", "KL", *lengths, "same top token"),
         rows=tuple(rows),
         highlight=next((k for k, score in enumerate(table.scores) if score.accepted), None),
-        note="± is one standard error over windows. Uniform pairs are centred and rotated alike."
-        if table.rotate
-        else "± is one standard error over windows.",
+        note=" ".join(_score_remarks(table)),
     )
 
 
@@ -139,9 +138,19 @@ def _score_row(score: KVScore) -> tuple[str, ...]:
     return (
         score.label,
         f"{score.bits_per_number:.3f}",
-        f"{score.divergence:.4f} ± {score.stderr:.4f}",
-        *(f"{value:.4f}" for value in score.by_length),
+        divergence_text(score.divergence, score.half_width, score.num_windows),
+        *(number_text(value) for value in score.by_length),
         f"{score.top1:.1%}",
+    )
+
+
+def _score_remarks(table: KVSensitivity) -> tuple[str, ...]:
+    count = table.scores[0].num_windows
+    enough = count >= FEWEST_WINDOWS
+    return (
+        f"± is a 95 % interval over {count} windows." if enough else f"± n/a: only {count} windows.",
+        *(("Uniform pairs are centred and rotated alike.",) if table.rotate else ()),
+        "Storages that were clearly worse on half of the windows are left out.",
     )
 
 

@@ -42,7 +42,8 @@ def load_sessions(
         num_tokens: Tokens wanted per length.
         source: JSONL file of the user; None for the shipped text.
         split: Which shipped text.
-        least: Windows wanted per length, however long they are.
+        least: Windows wanted per length, however long they are; where the text is too short for that many
+            side by side, they overlap, but for their last halves.
     Returns:
         Windows of those lengths that the text reaches; a note names the others.
     Raises:
@@ -53,10 +54,12 @@ def load_sessions(
     stream = np.array(joined, dtype=np.int32)
     windows, missing = {}, []
     for length in lengths:
-        wanted, there = max(least, num_tokens // length), len(stream) // length
-        if not there:
+        apart = len(stream) // length
+        if not apart:
             missing.append(length)
             continue
+        overlapping = (len(stream) - length) // -(-length // 2) + 1
+        wanted, there = max(least, num_tokens // length), max(apart, min(least, overlapping))
         # Spread over the whole text, so that few windows still see all of it.
         starts = np.linspace(0, len(stream) - length, min(wanted, there)).astype(int)
         windows[length] = np.stack([stream[start : start + length] for start in starts])

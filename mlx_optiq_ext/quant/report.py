@@ -7,9 +7,9 @@ nothing of files, colours or MLX. Called by ``optiq report`` and at the end of a
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from mlx_optiq_ext.quant.figures import number_text, plus_minus, size_text
 from mlx_optiq_ext.quant.heat_map import build_heat_map
 from mlx_optiq_ext.quant.report_facts import predicted_as, report_facts
+from mlx_optiq_ext.types.figures import number_text, plus_minus, size_text
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
 from mlx_optiq_ext.types.report import Curve, CurvePoint, Report, TextTable
 from mlx_optiq_ext.types.score import ScoreReport, ScoreRow

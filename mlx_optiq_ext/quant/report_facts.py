@@ -3,7 +3,7 @@
 Called by ``quant.report``; the wording of predictions also serves ``optiq allocate``.
 """
 
-from mlx_optiq_ext.quant.figures import number_text, plus_minus, size_text
+from mlx_optiq_ext.types.figures import number_text, plus_minus, size_text
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
 from mlx_optiq_ext.types.score import ScoreReport
 

@@ -145,6 +145,9 @@ class KVScore(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     divergence: float
     """KL(reference ‖ this), nats per token, mean over the lengths."""
     stderr: float = 0.0
+    half_width: float = 0.0
+    """Half of the 95 % interval over windows (Student's t)."""
+    num_windows: int = 0
     by_length: tuple[float, ...] = ()
     top1: float = 0.0
     """Share of positions whose most likely token is the reference's."""

@@ -128,12 +128,36 @@ def test_full_shrinkage_gives_equal_layers_equal_choices(monkeypatch: pytest.Mon
 
 def test_uniform_pairs_come_in_the_order_of_their_prediction() -> None:
     measured = table(SITES)
-    pairs = uniform_pairs(measured, 6.5, Extent(CONTEXT), count=9)
+    pairs = uniform_pairs(measured, 6.5, Extent(CONTEXT))
     assert all(pair.is_uniform and pair.bits_per_number <= 6.5 for pair in pairs)
     assert [p.predicted for p in pairs] == sorted(p.predicted for p in pairs)
     for pair in pairs:
         for tensor in ("k", "v"):
             assert len({pair.choices[s.name, tensor] for s in SITES}) == 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("target", [2.5, 3.5, 5.5, 6.5, 12.5])
+def test_pairs_left_out_are_coarser_than_another_or_predicted_far_worse(seed: int, target: float) -> None:
+    sites = tuple(site(i) for i in range(3))
+    choices = (*(Choice(bits=b, group_size=g) for b in (2, 3, 4, 6, 8) for g in (32, 64)), KEEP)
+    measured = table(sites, seed, choices)
+    found = uniform_pairs(measured, target, Extent(CONTEXT))
+    costs = {(p.index, p.tensor, p.choice): p.divergence for p in measured.probes}
+    pairs = list(itertools.product(choices[:-1], choices[:-1]))
+    fitting = [pair for pair in pairs if (pair[0].bpw() + pair[1].bpw()) / 2 <= target]
+    shown = [(pair.choices["0", "k"], pair.choices["0", "v"]) for pair in found]
+    assert set(shown) <= set(fitting)
+    for keys, values in set(fitting) - set(shown):
+        predicted = sum(costs[s.index, "k", keys] + costs[s.index, "v", values] for s in sites)
+        is_coarser = any(
+            k.bits >= keys.bits
+            and v.bits >= values.bits
+            and k.group_size <= keys.group_size
+            and v.group_size <= values.group_size
+            for k, v in set(fitting) - {(keys, values)}
+        )
+        assert is_coarser or predicted > allocate.PAIR_MARGIN * found[0].predicted
 
 
 def test_layers_carry_their_choices_and_means_of_packed_keys_only() -> None:

@@ -10,7 +10,6 @@ from support_tables import MOE, make_allocation, make_score, make_table
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.score import decode_score, encode_score, read_score
-from mlx_optiq_ext.quant.figures import size_text
 from mlx_optiq_ext.quant.heat_map import build_heat_map, module_role, order_modules, short_names
 from mlx_optiq_ext.quant.picture import Dot, Text
 from mlx_optiq_ext.quant.picture_curve import curve_scene
@@ -22,6 +21,7 @@ from mlx_optiq_ext.quant.report import (
     pins_table,
 )
 from mlx_optiq_ext.types.axis import LinearAxis, LogAxis, tick_text
+from mlx_optiq_ext.types.figures import size_text
 from mlx_optiq_ext.types.palette import (
     BITS_LEVELS,
     SENSITIVITY_RAMP,

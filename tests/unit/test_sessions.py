@@ -28,12 +28,20 @@ def test_domains_take_turns(text: str) -> None:
 
 
 def test_windows_are_as_many_as_the_tokens_ask_for_and_the_text_has(text: str) -> None:
-    for num_tokens, least, count in ((120, 1, 2), (10, 1, 1), (10, 3, 3), (10_000, 1, 4), (10, 9, 4)):
+    for num_tokens, least, count in ((120, 1, 2), (10, 1, 1), (10, 3, 3), (10_000, 1, 4), (10, 9, 7)):
         sessions = load_sessions(
             byte_tokenizer(), (60,), num_tokens=num_tokens, source=text, split="held_out", least=least
         )
         assert sessions.windows[60].shape == (count, 60)
         assert sessions.info.num_tokens == 60 * count
+
+
+def test_the_least_number_of_windows_overlaps_in_first_halves_only(text: str) -> None:
+    sessions = load_sessions(byte_tokenizer(), (100,), num_tokens=1, source=text, split="held_out", least=9)
+    # 240 tokens: ends of 50 tokens apart leave room for starts at 0, 70 and 140.
+    assert sessions.windows[100].shape == (3, 100)
+    many = load_sessions(byte_tokenizer(), (100,), num_tokens=900, source=text, split="held_out")
+    assert many.windows[100].shape == (2, 100)
 
 
 def test_few_windows_reach_from_the_first_token_to_the_last(text: str) -> None:

@@ -18,10 +18,10 @@ from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.score import read_score
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.quant.bitmap import allocate
-from mlx_optiq_ext.quant.figures import plus_minus
 from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
 from mlx_optiq_ext.quant.report_facts import predicted_as, prediction_text
 from mlx_optiq_ext.quant.size import format_nbytes
+from mlx_optiq_ext.types.figures import plus_minus
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, Pin, SensitivityTable
 from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
