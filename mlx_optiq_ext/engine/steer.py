@@ -38,6 +38,8 @@ class Steering:
         self._in_grammar = matcher is not None
         """So far the answer fits the grammar, even if it may turn out to open reasoning."""
         self._ends = list(ends)
+        self._is_over = False
+        """The turn was ended; the row is computed on until the host has seen that."""
         self._banned = banned
         self._spelled = 0
         """Tokens of the banned sequence that the answer ends with."""
@@ -83,7 +85,9 @@ class Steering:
         if self._track.state == "inside":
             self._matcher.reset()
             self._in_grammar = True
-        elif not self._matcher.is_stopped() and self._in_grammar:
+        elif token in self._ends:
+            self._is_over = True
+        elif self._in_grammar:
             if self._track.state == "before" and not self._matcher.validate_tokens([token]):
                 self._in_grammar = False
                 return
@@ -93,29 +97,25 @@ class Steering:
         forced = self._track.forced
         if forced is not None:
             return _only(forced, logits)
-        if self._matcher is None:
+        if self._matcher is None or self._is_over:
             return logits
         if self._track.state == "inside":
             return self._ban("ends", self._ends, logits)
         # The forward pass runs while the mask is computed.
         mx.async_eval(logits)
         bits = self._allowed(logits.shape[-1])
-        if bits is None:
-            return logits
         opening = self._track.opening
         if opening is not None:
             bits[opening // 32] |= np.uint32(1 << (opening % 32))
         return _within(bits, logits)
 
-    def _allowed(self, vocab_size: int) -> npt.NDArray[np.uint32] | None:
-        """Bits of the tokens that the grammar allows; None after its end: the row is about to leave."""
+    def _allowed(self, vocab_size: int) -> npt.NDArray[np.uint32]:
+        """Bits of the tokens that the grammar allows."""
         if not self._in_grammar:
             return np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
         error = self._matcher.get_error()
         if error:
             raise RequestError(f"the answer cannot go on within its grammar: {error}")
-        if self._matcher.is_stopped():
-            return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32).copy()
         if not bits.any():
             raise RequestError("the answer cannot go on within its grammar: no token fits")
