@@ -20,7 +20,7 @@ from mlx_optiq_ext.eval.needle import FULL, Haystack, check_needles, needle_note
 from mlx_optiq_ext.eval.prepare import make_exact
 from mlx_optiq_ext.eval.score import model_name, require_same_tokens
 from mlx_optiq_ext.formats.kv_config import read_kv_config
-from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.hub.fingerprint import other_weights
 from mlx_optiq_ext.kv.allocate import Extent, stored_bits
 from mlx_optiq_ext.kv.build import follow_weights, layouts, unnamed_caches
 from mlx_optiq_ext.kv.fold import rotated_blocks
@@ -28,6 +28,7 @@ from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
+from mlx_optiq_ext.types.figures import FEWEST_WINDOWS
 from mlx_optiq_ext.types.kv import (
     KVConfig,
     KVLayer,
@@ -46,8 +47,6 @@ __all__ = ["compare_caches", "parse_lengths", "predicted_bits", "uniform_config"
 
 _DEFAULT_GROUP = 64
 _LEAST_LENGTH = 16
-_LEAST_WINDOWS = 2
-"""Per length: one window alone has no interval."""
 
 
 def compare_caches(
@@ -62,7 +61,7 @@ def compare_caches(
     Args:
         reference: The model whose full-precision cache everything is compared with.
         candidates: Checkpoints of it.
-        options: Text; ``num_tokens`` counts per length, and every length gets two windows at least.
+        options: Text; ``num_tokens`` counts per length, and every length gets four windows at least.
         kv: Caches, lengths, and whether facts are hidden.
         progress: Stages ``score`` and ``needle``.
     Raises:
@@ -76,13 +75,15 @@ def compare_caches(
         raise UsageError("no KV cache to compare: give --kv-config FILE or --kv-uniform 8,4,k6v4")
     config = read_kv_config(kv.kv_config) if kv.kv_config is not None else None
     tokenizer = load_tokenizer(reference, trust_remote_code=options.trust_remote_code)
+    for candidate in candidates:
+        require_same_tokens(tokenizer, reference, candidate, trust_remote_code=options.trust_remote_code)
     text = load_sessions(
         tokenizer,
         parse_lengths(kv.lengths),
         num_tokens=options.num_tokens,
         source=options.held_out,
         split="held_out",
-        least=_LEAST_WINDOWS,
+        least=FEWEST_WINDOWS,
     )
     if not text.windows:
         raise MeasurementError(f"no cache can be compared: {'; '.join(text.info.notes)}")
@@ -96,8 +97,6 @@ def compare_caches(
     with ExitStack() as closing:
         kept = {n: closing.enter_context(LogitCache(len(w))) for n, w in text.windows.items()}
         for ref in (reference, *candidates):
-            if ref is not reference:
-                require_same_tokens(tokenizer, reference, ref, trust_remote_code=options.trust_remote_code)
             model, about = load_model(ref, trust_remote_code=options.trust_remote_code)
             caches = observe(model)
             make_exact(model, ref.source)
@@ -128,11 +127,9 @@ def _config_notes(ref: ModelRef, caches: CacheMap, config: KVConfig | None) -> l
     if config is None:
         return []
     notes = []
-    if config.model is not None and config.model.sha256 != fingerprint(ref).sha256:
-        notes.append(
-            f"the configuration was made for other weights ({config.model.source or 'unnamed'}) than "
-            f"{model_name(ref)}; `optiq kv-cache` makes one for these"
-        )
+    if config.model is not None:
+        other = other_weights(config.model, ref)
+        notes += [f"the KV configuration {other}; `optiq kv-cache` makes one for these"] if other else []
     unnamed = unnamed_caches(caches, config)
     if unnamed:
         notes.append(f"caches {', '.join(unnamed)} are not in the configuration: full precision")

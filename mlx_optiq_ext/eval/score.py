@@ -66,11 +66,12 @@ def score(
     if not candidates and not uniform:
         raise UsageError("nothing to score: name a checkpoint or give --uniform 4,5,6")
     names = [*labels, *(model_name(candidate) for candidate in candidates[len(labels) :])]
-    with HeldOutScorer(reference, options, progress, num_models=len(candidates) + len(uniform)) as scorer:
-        for candidate in candidates:
-            require_same_tokens(
-                scorer.tokenizer, reference, candidate, trust_remote_code=options.trust_remote_code
-            )
+    scorer = HeldOutScorer(reference, options, progress, num_models=len(candidates) + len(uniform))
+    for candidate in candidates:
+        require_same_tokens(
+            scorer.tokenizer, reference, candidate, trust_remote_code=options.trust_remote_code
+        )
+    with scorer:
         for candidate, label in zip(candidates, names, strict=True):
             scorer.add_folder(candidate, label)
         for choice in uniform:
@@ -124,7 +125,7 @@ class _WindowNumbers(msgspec.Struct, frozen=True, kw_only=True):
 class HeldOutScorer:
     """Scores models one after the other against one reference; a context manager.
 
-    Runs the reference when made. Belongs to the thread that made it.
+    Reads the text when made, runs the reference when entered. Belongs to the thread that made it.
 
     Args:
         reference: The unquantized model.

@@ -12,7 +12,7 @@ from mlx_optiq_ext.types.metadata import IMPORT_FILE, ImportRecord
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.quant import ModelFingerprint
 
-__all__ = ["fingerprint", "weights_origin"]
+__all__ = ["fingerprint", "other_weights", "weights_origin"]
 
 _SAMPLES = 64
 _SAMPLE_NBYTES = 4096
@@ -49,6 +49,20 @@ def fingerprint(ref: ModelRef) -> ModelFingerprint:
         revision=ref.revision,
         origin=weights_origin(folder),
     )
+
+
+def other_weights(made_for: ModelFingerprint, ref: ModelRef) -> str:
+    """That something was made for other weights than these, in words; empty where it was made for these.
+
+    Args:
+        made_for: What the thing carries.
+        ref: The weights it is used with.
+    Raises:
+        ModelNotFound, ModelError: As :func:`fingerprint`.
+    """
+    if made_for.sha256 == fingerprint(ref).sha256:
+        return ""
+    return f"was made for other weights ({made_for.source or 'unnamed'}) than those of {ref.source}"
 
 
 def weights_origin(folder: Path) -> str:

@@ -91,6 +91,8 @@ def _config(given: argparse.Namespace, *, opens_caches: bool) -> "KVConfig | Non
 def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
     """The configuration for the model's weights; refused before they are read where it does not fit.
 
+    Where it was made for other weights of the same shape, that is said on stderr.
+
     A model that cannot be had, or that is chosen later, is left to the command.
 
     Raises:
@@ -99,6 +101,7 @@ def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
     folder = _folder(given.model) if given.model else None
     if folder is None:
         return config
+    from mlx_optiq_ext.hub.fingerprint import other_weights  # deferred: only for who asks
     from mlx_optiq_ext.kv.build import build_caches, follow_weights  # deferred: needs mlx
     from mlx_optiq_ext.kv.fold import rotated_blocks
     from mlx_optiq_ext.kv.observe import observe
@@ -114,6 +117,10 @@ def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
     max_kv_size = getattr(given, "max_kv_size", None)
     config = follow_weights(config, observe(model, max_kv_size), rotated_blocks(model_config))
     build_caches(model, config, max_kv_size)
+    other = other_weights(config.model, ref) if config.model is not None else ""
+    asked = running()
+    if other and asked is not None:
+        print(f"{asked.name}: --kv-config {other}", file=sys.stderr)
     return config
 
 

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 
 import mlx_optiq_ext
@@ -138,6 +139,22 @@ def test_recent_overrides_the_file(run, exact_llama, configs, texts):
     assert [config.recent for config in seen] == [64]
     # All tokens are recent, hence exact.
     assert texts["stock"] in out
+
+
+def test_a_configuration_of_other_weights_runs_and_is_named(run, exact_llama, tmp_path):
+    from mlx_optiq_ext.hub.fingerprint import fingerprint
+    from mlx_optiq_ext.types.model import ModelRef
+
+    own = fingerprint(ModelRef(path=str(exact_llama), source="own"))
+    other = msgspec.structs.replace(own, sha256="0" * 64, source="org/other")
+    for made_for, said in ((own, 0), (other, 1)):
+        write_kv_config(tmp_path / "kv.json", msgspec.structs.replace(KEPT, model=made_for))
+        code, _, err, _ = run("generate", *generate_words(exact_llama, "--kv-config", tmp_path / "kv.json"))
+        assert code == 0
+        assert err.count("\n") == said, err
+    assert err.startswith(
+        "mlx_lm.generate: --kv-config was made for other weights (org/other) than those of "
+    )
 
 
 def test_without_the_option_nothing_changes(run, exact_llama, texts):

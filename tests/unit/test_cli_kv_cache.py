@@ -111,6 +111,29 @@ def test_a_target_that_nothing_meets_is_refused_before_anything_is_measured(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("flag", ["--calibration", "--held-out"])
+def test_text_that_is_too_short_is_refused_once_before_anything_is_measured(
+    model: Path, text: tuple[str, ...], tmp_path: Path, capsys: Any, flag: str
+) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"domain": "letters", "text": "short"}))
+    assert plan(model, tmp_path / "new", *text, flag, str(short), "--quiet") != 0
+    said = capsys.readouterr().err
+    assert said.count("has 5 tokens: no prefix of 64") == 1
+    assert f"give a longer text with {flag}" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_budget_that_saves_nothing_is_said(
+    model: Path, text: tuple[str, ...], planned: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "kv_sensitivity.json").write_bytes((planned / "kv_sensitivity.json").read_bytes())
+    assert plan(model, tmp_path, "--target-bits", "16", "--quiet", *text) == 0
+    assert "nothing is saved: every cache stays in full precision" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_memory_that_the_weights_fill_is_refused_before_anything_is_measured(
     model: Path, text: tuple[str, ...], tmp_path: Path, capsys: Any
 ) -> None:
@@ -176,10 +199,13 @@ def test_hidden_facts_are_the_same_at_every_run_and_a_random_model_finds_none(
 
 
 def test_tables_show_every_cache_and_the_grid(model: Path, text: tuple[str, ...], capsys: Any) -> None:
+    long_name = model.parent / "a-model-with-a-name-of-forty-characters-1"
+    long_name.symlink_to(model)
     flags = ("--kv-uniform", "4", "--lengths", "320", "--needle", *text[2:], "--num-tokens", "64", "--quiet")
-    assert score(model, *flags) == 0
+    assert score(model, long_name, *flags) == 0
     out = capsys.readouterr().out
     assert "uniform 4" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert "Hidden facts: tiny, uniform 4" in out
     assert "100%" in out
 

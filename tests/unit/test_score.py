@@ -219,6 +219,21 @@ def test_uniform_choice_that_fits_no_module_is_refused(tmp_path: Path) -> None:
         load_uniform(ref(narrow), Choice(bits=4, group_size=128))
 
 
+def test_other_tokens_are_refused_before_the_reference_runs(
+    folders: dict[str, Path], text: str, tmp_path: Path
+) -> None:
+    other = save_model_folder(tmp_path / "other", tiny_model())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = list(vocabulary)[:2]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    events: list[Progress] = []
+    with pytest.raises(FingerprintMismatch, match="has another tokenizer"):
+        score(ref(folders["dense"]), [ref(other)], options(text), events.append)
+    assert events == []
+
+
 def test_command_prints_one_table_and_writes_the_record(
     folders: dict[str, Path], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,11 +242,13 @@ def test_command_prints_one_table_and_writes_the_record(
     assert main(["score", *words, "-o", str(tmp_path / "score.json")]) == 0
     shown = capsys.readouterr()
     assert "Held-out comparison with dense" in shown.out
-    assert [line.split("  ")[0] for line in shown.out.splitlines()[3:6]] == [
+    names = [line.split("  ")[0] for line in shown.out.splitlines()]
+    assert [name for name in names if name in ("reference", "mixed", "uniform 4g64")] == [
         "reference",
         "mixed",
         "uniform 4g64",
     ]
+    assert max(map(len, shown.out.splitlines())) <= 80
     report = read_score(tmp_path / "score.json")
     assert main(["score", *words, "--json", "--quiet"]) == 0
     shown = capsys.readouterr()

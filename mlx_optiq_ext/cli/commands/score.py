@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_optiq_ext.cli.console import Console, format_table
+from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.rescore import is_own_record, record_score
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.eval.kv_compare import compare_caches
@@ -21,12 +21,15 @@ from mlx_optiq_ext.formats.arguments import add_options, given_options, options_
 from mlx_optiq_ext.formats.atomic import require_absent_file, write_bytes_atomic
 from mlx_optiq_ext.formats.score import encode_score
 from mlx_optiq_ext.hub.resolve import resolve_model
-from mlx_optiq_ext.kv.score_tables import cache_table, needle_tables
+from mlx_optiq_ext.kv.score_tables import cache_tables, needle_tables
 from mlx_optiq_ext.patches.registry import activate
 from mlx_optiq_ext.quant.report import comparison_table
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import KVScoreOptions, ScoreOptions
+from mlx_optiq_ext.types.report import TextTable
 from mlx_optiq_ext.types.score import SCORE_FILE, ScoreReport
+from mlx_optiq_tui.ansi import Style
+from mlx_optiq_tui.table import draw_table, wrapped
 
 __all__ = ["add_arguments", "run"]
 
@@ -78,10 +81,15 @@ def run(args: argparse.Namespace) -> int:
     if console.json_output:
         for note in notes:
             console.note(note)
-    table = comparison_table(report)
-    text = format_table(table.columns, table.rows, title=table.title)
-    console.result(report, "\n".join((text, table.note, *notes)))
+    console.result(report, _text((comparison_table(report),), notes))
     return 0
+
+
+def _text(tables: Sequence[TextTable], notes: Sequence[str]) -> str:
+    """Tables and notes in 80 columns."""
+    style = Style(width=80)
+    drawn = "\n\n".join(draw_table(table, style) for table in tables)
+    return "\n".join((drawn, *(line for note in notes for line in wrapped(note, style.width, "  "))))
 
 
 def _compares_caches(args: argparse.Namespace, options: ScoreOptions, kv: KVScoreOptions) -> bool:
@@ -119,11 +127,7 @@ def _run_kv(
     if console.json_output:
         for note in notes:
             console.note(note)
-    parts = [
-        f"{format_table(table.columns, table.rows, title=table.title)}\n{table.note}"
-        for table in (cache_table(report), *needle_tables(report.needles))
-    ]
-    console.result(report, "\n".join(("\n\n".join(parts), *notes)))
+    console.result(report, _text((*cache_tables(report), *needle_tables(report.needles)), notes))
     return 0
 
 
