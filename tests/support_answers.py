@@ -52,17 +52,20 @@ def tokenizer(*, special: tuple[str, ...] = (), plain: tuple[str, ...] = ()) -> 
     return made
 
 
-def wrapper(family: str | None = None, *, thinks: bool = False, **how: Any) -> TokenizerWrapper:
+def wrapper(
+    family: str | None = None, *, thinks: bool = False, made: PreTrainedTokenizerFast | None = None
+) -> TokenizerWrapper:
     """mlx-lm's wrapper of such a tokenizer with the parser of a family."""
-    plain = ("<think>", "</think>") if thinks else ()
+    made = made if made is not None else tokenizer(plain=("<think>", "</think>") if thinks else ())
+    how: dict[str, Any] = {}
     if family is not None:
         parser = importlib.import_module(f"mlx_lm.tool_parsers.{family}")
-        how |= {
+        how = {
             "tool_call_start": parser.tool_call_start,
             "tool_call_end": parser.tool_call_end,
             "tool_parser": parser.parse_tool_call,
         }
-    return TokenizerWrapper(tokenizer(plain=plain), BPEStreamingDetokenizer, **how)
+    return TokenizerWrapper(made, BPEStreamingDetokenizer, **how)
 
 
 def decoded(
