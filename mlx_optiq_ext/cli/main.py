@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
         Command(name="allocate"),
         Command(name="kv-cache", needs_mlx=True, resumes=True),
         Command(name="score", needs_mlx=True),
+        Command(name="serve", needs_mlx=True),
         Command(name="report"),
         Command(name="import-gguf"),
         Command(name="doctor", needs_mlx=True),

@@ -26,9 +26,12 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = ()
     strict_names: Annotated[bool, _d("Answer 404 to unknown model names.")] = False
     kv_config: Annotated[str | None, _d("kv_config.json of `optiq kv-cache`, for --model.")] = None
-    kv_recent: Annotated[
-        int | None, msgspec.Meta(ge=0, description="Newest tokens to keep in full precision; as in the file.")
-    ] = None
+    kv_recent: (
+        Annotated[
+            int, msgspec.Meta(ge=0, description="Newest tokens to keep in full precision; as in the file.")
+        ]
+        | None
+    ) = None
     dtype: Annotated[
         Literal["auto", "float16", "bfloat16", "float32"],
         _d("Type of unquantized tensors while serving; auto: as stored, float32 on a CPU."),
@@ -44,9 +47,12 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     allow_origin: Annotated[
         tuple[str, ...], _d("Origin of a web page that may call this server, repeatable; none by default.")
     ] = ()
-    context: Annotated[
-        int | None, msgspec.Meta(ge=64, description="Tokens of prompt and answer; the model's own if less.")
-    ] = None
+    context: (
+        Annotated[
+            int, msgspec.Meta(ge=64, description="Tokens of prompt and answer; the model's own if less.")
+        ]
+        | None
+    ) = None
     memory: Annotated[
         str | None,
         _d("Ceiling of weights, KV and prefix cache: 12GB. Default: three quarters of the memory."),
@@ -66,15 +72,21 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     reasoning: Annotated[
         Literal["auto", "on", "off"], _d("Thinking where a request says nothing of it; auto: the template's.")
     ] = "auto"
-    max_tokens: Annotated[
-        int | None, msgspec.Meta(ge=1, description="Answer tokens where a request names no limit.")
-    ] = None
-    temperature: Annotated[
-        float | None, msgspec.Meta(ge=0.0, le=2.0, description="Where a request names none; the model's own.")
-    ] = None
-    top_p: Annotated[
-        float | None, msgspec.Meta(gt=0.0, le=1.0, description="Where a request names none; the model's own.")
-    ] = None
+    max_tokens: (
+        Annotated[int, msgspec.Meta(ge=1, description="Answer tokens where a request names no limit.")] | None
+    ) = None
+    temperature: (
+        Annotated[
+            float, msgspec.Meta(ge=0.0, le=2.0, description="Where a request names none; the model's own.")
+        ]
+        | None
+    ) = None
+    top_p: (
+        Annotated[
+            float, msgspec.Meta(gt=0.0, le=1.0, description="Where a request names none; the model's own.")
+        ]
+        | None
+    ) = None
     image_urls: Annotated[bool, _d("Fetch images that requests name by URL, from public addresses only.")] = (
         False
     )
@@ -85,7 +97,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_s: Annotated[
         float, msgspec.Meta(ge=0.0, description="Seconds that running requests get after SIGTERM.")
     ] = 30.0
-    idle_unload_s: Annotated[
-        float | None, msgspec.Meta(gt=0.0, description="Unload a model after this many idle seconds.")
-    ] = None
+    idle_unload_s: (
+        Annotated[float, msgspec.Meta(gt=0.0, description="Unload a model after this many idle seconds.")]
+        | None
+    ) = None
     trust_remote_code: Annotated[bool, _d("Run model code that comes with the checkpoint.")] = False

@@ -12,6 +12,8 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     """Folder or repository name, as ``/v1/models`` lists it."""
+    aliases: tuple[str, ...] = ()
+    """Other names that the user gave it."""
     source: str
     """Folder name or repository, never a path of this machine."""
     loaded: bool

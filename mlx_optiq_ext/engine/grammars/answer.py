@@ -120,7 +120,7 @@ def without(marker: str, others: Iterable[int]) -> str:
         marker: Text without marker tokens.
         others: Marker tokens that may come.
     """
-    tokens = ", ".join(str(token) for token in sorted(others))
+    tokens = ",".join(str(token) for token in sorted(others))
     start = f"TEXT (<[{tokens}]> TEXT)*" if tokens else "TEXT"
     rule = f"start: {start}\nTEXT: {ANYTHING} & ~/(?s:.*){escaped(marker)}(?s:.*)/\n"
     return json.dumps({"grammars": [{"name": "start", "lark_grammar": rule}]})

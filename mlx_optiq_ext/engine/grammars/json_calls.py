@@ -17,7 +17,7 @@ def hermes(grammar: Grammar, tools: Sequence[ToolSpec], *, parallel: bool) -> st
     begin, end = grammar.literal("<tool_call>"), grammar.literal("</tool_call>")
     space = grammar.rule(_SPACE)
     call = grammar.rule(f"{begin} {space} {_objects(grammar, tools)} {space} {end}")
-    return f"{call} ({space} {call})*" if parallel else call
+    return f"{call} ({space} {call})* {space}" if parallel else call
 
 
 def mistral_list(grammar: Grammar, tools: Sequence[ToolSpec], *, parallel: bool) -> str:

@@ -49,6 +49,8 @@ class TagSyntax(msgspec.Struct, frozen=True, kw_only=True):
         """Lark expression of one or more calls."""
         call = grammar.rule(one_of([each for tool in tools for each in self._calls(grammar, tool)]))
         calls = f"{call} ({_tag(grammar, '~')} {call})*" if parallel else call
+        # After a line break that was to end the turn, the only way must not be another call.
+        calls = f"{calls} {_tag(grammar, '~')}" if parallel and self.section is None else calls
         if self.section is None:
             return calls
         begin, end = (_tag(grammar, tag) for tag in self.section)

@@ -1,0 +1,298 @@
+"""The engine as callers see it: any thread sends requests, two threads of its own do the work.
+
+The prompt thread renders and tokenizes; the owner thread runs the models. Implements
+:class:`mlx_optiq_ext.types.port.Engine`; made by ``optiq serve``, and by tests.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import mlx.core as mx
+from msgspec.structs import replace
+
+from mlx_optiq_ext.engine.counters import Counters
+from mlx_optiq_ext.engine.embed import embed
+from mlx_optiq_ext.engine.job import Job
+from mlx_optiq_ext.engine.log_ring import LogRing
+from mlx_optiq_ext.engine.memory import default_limit_nbytes
+from mlx_optiq_ext.engine.names import ModelNames
+from mlx_optiq_ext.engine.owner import Owner
+from mlx_optiq_ext.engine.prefixes import build_prefix_cache
+from mlx_optiq_ext.engine.report import engine_status
+from mlx_optiq_ext.engine.served import Loaded, ModelSpec
+from mlx_optiq_ext.engine.settle import attempt, settle
+from mlx_optiq_ext.errors import EngineStopped, PromptTooLong, QueueFull, UnknownName
+from mlx_optiq_ext.quant.size import parse_nbytes
+from mlx_optiq_ext.types.chat import Generation
+from mlx_optiq_ext.types.events import Accepted, Event, EventSink, Failed, Finished
+from mlx_optiq_ext.types.port import Embeddings, LogLine
+from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
+from mlx_optiq_ext.types.serve import ServeOptions
+from mlx_optiq_ext.types.status import EngineStatus
+
+__all__ = ["LocalEngine"]
+
+T = TypeVar("T")
+_RETRY_S = 2.0
+_SNAPSHOT_S = 0.2
+
+
+class LocalEngine:
+    """Models on this machine.
+
+    Args:
+        specs: The models that can be served, the default one first.
+        options: Of the server.
+        progress: Of loading.
+        on_fatal: Called when the engine cannot go on; the process should end.
+    Raises:
+        UsageError: A size, an alias or the cache folder is not usable.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ModelSpec],
+        options: ServeOptions,
+        *,
+        progress: ProgressSink = ignore_progress,
+        on_fatal: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self._options = options
+        self._names = ModelNames(self._specs, options.alias, strict=options.strict_names)
+        self._on_fatal = on_fatal
+        self._counters = Counters()
+        limit = parse_nbytes(options.memory, flag="--memory") if options.memory else default_limit_nbytes()
+        prefixes = build_prefix_cache(options, limit)
+        self._owner = Owner(
+            options,
+            limit,
+            prefixes,
+            counters=self._counters,
+            progress=progress,
+            on_tick=self._tick,
+            on_fatal=self._fail,
+        )
+        self._prompts: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self._guard = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._draining = False
+        self._failed = False
+        self._started = False
+        self._taken = 0.0
+        self._log = LogRing()
+        self._status = engine_status("loading", self._owner, self._specs, (), self._names)
+
+    def start(self) -> None:
+        """Load the default model and begin to answer; blocks until it is loaded.
+
+        Raises:
+            OptiqError: It cannot be loaded.
+        """
+        logging.getLogger("mlx_optiq_ext").addHandler(self._log)
+        self._owner.start()
+        threading.Thread(target=self._render_all, name="optiq-prompts", daemon=True).start()
+        try:
+            self.load(next(iter(self._specs))).result()
+        except BaseException:
+            self.close()
+            raise
+        self._started = True
+
+    def submit(self, request: Generation, deliver: EventSink) -> str:
+        """See :meth:`.Engine.submit`."""
+        model = self._require_ready(request)
+        with self._guard:
+            waiting = sum(job.state == "queued" for job in self._jobs.values())
+            if waiting >= self._options.max_queue + self._options.max_rows:
+                raise QueueFull(
+                    f"{waiting} requests wait already; ask again later, or raise --max-queue",
+                    retry_after_s=_RETRY_S,
+                )
+            name = f"job{next(self._numbers)}"
+            job = Job(name, request, self._forgetting(name, deliver), model)
+            self._jobs[name] = job
+        self._with_model(model, lambda loaded: self._prepare(job, loaded), job.fail)
+        return name
+
+    def cancel(self, job: str) -> None:
+        """See :meth:`.Engine.cancel`."""
+        with self._guard:
+            known = self._jobs.get(job)
+        if known is not None:
+            known.cancelled = True
+            self._owner.call(lambda: None)  # wakes an owner that waits for a command
+
+    def count_tokens(self, request: Generation) -> "Future[int]":
+        """See :meth:`.Engine.count_tokens`."""
+        future: Future[int] = Future()
+        model = self._require_ready(request)
+        self._with_model(
+            model,
+            lambda loaded: settle(future, lambda: len(loaded.renderer.render(request).tokens)),
+            future.set_exception,
+        )
+        return future
+
+    def embed(self, model: str, inputs: tuple[str | tuple[int, ...], ...]) -> "Future[Embeddings]":
+        """See :meth:`.Engine.embed`."""
+        future: Future[Embeddings] = Future()
+        name = self._require_ready(Generation(model=model))
+
+        def tokenized(loaded: Loaded) -> None:
+            rows = [
+                tuple(loaded.tokenizer.encode(each)) if isinstance(each, str) else each for each in inputs
+            ]
+            self._owner.call(lambda: settle(future, lambda: _embedded(loaded, rows)))
+
+        self._with_model(name, tokenized, future.set_exception)
+        return future
+
+    def status(self) -> EngineStatus:
+        """See :meth:`.Engine.status`."""
+        return replace(self._status, state=self._state(), uptime_s=time.monotonic() - self._counters.started)
+
+    def load(self, model: str) -> "Future[None]":
+        """See :meth:`.Engine.load`."""
+        spec = self._spec(model)
+
+        def opened() -> None:
+            self._owner.open(spec)
+            self._owner.let_go(spec.name)
+
+        return self._on_owner(opened)
+
+    def unload(self, model: str) -> "Future[None]":
+        """See :meth:`.Engine.unload`."""
+        spec = self._spec(model)
+        return self._on_owner(lambda: self._owner.unload(spec.name))
+
+    def clear_prefix_cache(self) -> "Future[int]":
+        """See :meth:`.Engine.clear_prefix_cache`."""
+        return self._on_owner(self._owner.prefixes.clear)
+
+    def log_lines(self, after: int = 0) -> tuple[LogLine, ...]:
+        """See :meth:`.Engine.log_lines`."""
+        return self._log.lines(after)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for those that run; whether all of them ended."""
+        self._draining = True
+        until = time.monotonic() + timeout_s
+        while self._jobs and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self._jobs
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """End what runs, keep prefixes where they survive, stop both threads."""
+        self._draining = True
+        self._prompts.put(None)
+        self._owner.close(timeout_s)
+        logging.getLogger("mlx_optiq_ext").removeHandler(self._log)
+
+    def _require_ready(self, request: Generation) -> str:
+        """The model that answers; :class:`EngineStopped` or :class:`UnknownName` where none does."""
+        if self._failed or self._draining:
+            raise EngineStopped("the server is stopping", retry_after_s=_RETRY_S)
+        if request.adapter:
+            raise UnknownName(f"no adapter {request.adapter!r} is mounted", param="adapter")
+        return self._names.resolve(request.model)
+
+    def _spec(self, model: str) -> ModelSpec:
+        if model not in self._specs:
+            raise UnknownName(f"no model {model!r}; there are {', '.join(self._specs)}", param="model")
+        return self._specs[model]
+
+    def _with_model(
+        self, name: str, then: Callable[[Loaded], None], otherwise: Callable[[Exception], None]
+    ) -> None:
+        """Run ``then`` on the prompt thread with the model, loaded until that is done."""
+
+        def opened() -> None:
+            try:
+                loaded = self._owner.open(self._specs[name])
+            except Exception as error:  # noqa: BLE001  told to the one who asked
+                otherwise(error)
+                return
+            self._prompts.put(lambda: prepared(loaded))
+
+        def prepared(loaded: Loaded) -> None:
+            attempt(lambda: then(loaded), otherwise)
+            self._owner.call(lambda: self._owner.let_go(name))
+
+        self._owner.call(opened)
+
+    def _prepare(self, job: Job, loaded: Loaded) -> None:
+        """Render, check and accept a job; on the prompt thread."""
+        if job.cancelled:
+            job.finish("cancelled")
+            return
+        request = job.request
+        rendered = loaded.renderer.render(request)
+        left = loaded.context - len(rendered.tokens)
+        if left <= 0:
+            raise PromptTooLong(len(rendered.tokens), loaded.context)
+        processor = loaded.constrainer.processor(request, rendered)
+        job.rendered = rendered
+        job.processors = [processor] if processor is not None else []
+        job.max_tokens = min(request.max_tokens or self._options.max_tokens or left, left)
+        job.emit(Accepted(prompt_tokens=len(rendered.tokens), model=job.model))
+        self._owner.call(lambda: self._owner.waiting.push(request.session or job.name, job))
+
+    def _render_all(self) -> None:
+        while (task := self._prompts.get()) is not None:
+            task()
+
+    def _forgetting(self, name: str, deliver: EventSink) -> EventSink:
+        def delivered(event: Event) -> None:
+            if isinstance(event, Finished | Failed):
+                with self._guard:
+                    self._jobs.pop(name, None)
+            deliver(event)
+
+        return delivered
+
+    def _on_owner(self, action: Callable[[], T]) -> "Future[T]":
+        if self._failed:
+            raise EngineStopped("the engine failed")
+        future: Future[T] = Future()
+        self._owner.call(lambda: settle(future, action))
+        return future
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._taken >= _SNAPSHOT_S or not self._jobs:
+            self._taken = now
+            with self._guard:
+                jobs = tuple(self._jobs.values())
+            self._status = engine_status(self._state(), self._owner, self._specs, jobs, self._names)
+
+    def _state(self) -> str:
+        if self._failed:
+            return "failed"
+        if self._draining:
+            return "draining"
+        return "ready" if self._started else "loading"
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = True
+        with self._guard:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            job.fail(EngineStopped("the engine failed and the server is stopping"))
+        self._on_fatal(error)
+
+
+def _embedded(loaded: Loaded, rows: list[tuple[int, ...]]) -> Embeddings:
+    vectors = embed(loaded.model, rows)
+    mx.clear_cache()
+    return Embeddings(
+        model=loaded.spec.name, vectors=vectors, prompt_tokens=sum(len(tokens) for tokens in rows)
+    )

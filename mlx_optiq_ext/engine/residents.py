@@ -1,0 +1,112 @@
+"""The models in memory: opened when they are asked for, the least recently used make room.
+
+Knows sizes and names, not requests: who is busy is told. Called by ``owner`` on the owner thread.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection
+
+import mlx.core as mx
+
+from mlx_optiq_ext.engine.memory import head_room_nbytes
+from mlx_optiq_ext.engine.served import Loaded, ModelSpec, load
+from mlx_optiq_ext.errors import Overloaded, ResourceError
+from mlx_optiq_ext.quant.size import format_nbytes
+from mlx_optiq_ext.types.progress import ProgressSink
+from mlx_optiq_ext.types.serve import ServeOptions
+
+__all__ = ["Residents"]
+
+_BUSY_RETRY_S = 5.0
+_log = logging.getLogger(__name__)
+
+
+class Residents:
+    """Loaded models.
+
+    Args:
+        options: Of the server.
+        limit_nbytes: Ceiling of weights, caches and activations.
+        progress: Of loading.
+        on_close: Called with a model before it goes.
+    """
+
+    def __init__(
+        self,
+        options: ServeOptions,
+        limit_nbytes: int,
+        progress: ProgressSink,
+        on_close: Callable[[Loaded], None],
+    ) -> None:
+        self._options = options
+        self._limit = limit_nbytes - head_room_nbytes(limit_nbytes)
+        self._progress = progress
+        self._on_close = on_close
+        self._loaded: dict[str, Loaded] = {}
+        """Least recently used first."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Least recently used first."""
+        return tuple(self._loaded)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Of all of them."""
+        return sum(loaded.weights_nbytes for loaded in self._loaded.values())
+
+    def get(self, name: str) -> Loaded | None:
+        """A loaded model; None where it is not."""
+        return self._loaded.get(name)
+
+    def open(self, spec: ModelSpec, busy: Callable[[], Collection[str]]) -> Loaded:
+        """The model, loaded now if it is not.
+
+        Args:
+            busy: Names of models that must stay.
+        Raises:
+            ResourceError: It does not fit.
+            Overloaded: It would fit if busy models went.
+        """
+        known = self._loaded.pop(spec.name, None) or self._load(spec, busy)
+        self._loaded[spec.name] = known
+        return known
+
+    def close(self, name: str) -> None:
+        """Drop a model; nothing happens where it is not loaded."""
+        gone = self._loaded.pop(name, None)
+        if gone is None:
+            return
+        self._on_close(gone)
+        del gone
+        mx.clear_cache()
+        _log.info("unloaded %s", name)
+
+    def _load(self, spec: ModelSpec, busy: Callable[[], Collection[str]]) -> Loaded:
+        began = time.monotonic()
+        while True:
+            try:
+                loaded = load(spec, self._options, self._limit - self.weights_nbytes, self._progress)
+                loaded.limit_context(self._limit - self.weights_nbytes - loaded.weights_nbytes)
+                break
+            except ResourceError:
+                stay = busy()
+                idle = next((name for name in self._loaded if name not in stay), None)
+                if idle is not None:
+                    self.close(idle)
+                elif self._loaded:
+                    raise Overloaded(
+                        f"{spec.name} needs the memory of a model that is answering requests",
+                        retry_after_s=_BUSY_RETRY_S,
+                    ) from None
+                else:
+                    raise
+        _log.info(
+            "loaded %s in %.1f s: %s of weights, context %d tokens",
+            spec.name,
+            time.monotonic() - began,
+            format_nbytes(loaded.weights_nbytes),
+            loaded.context,
+        )
+        return loaded

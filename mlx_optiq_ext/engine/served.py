@@ -1,0 +1,260 @@
+"""A model that is loaded: weights, tokenizer, caches, limits, and what its answers start from.
+
+Knows how one model is opened and nothing of requests. Called by ``owner`` on the owner thread.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import msgspec
+from mlx_lm.generate import StopSequences
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_optiq_ext.engine.constrain import Constrainer
+from mlx_optiq_ext.engine.memory import CacheSizes
+from mlx_optiq_ext.engine.prompt import Renderer
+from mlx_optiq_ext.engine.snapshot import forgets
+from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, ResourceError
+from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.kv.build import build_caches, follow_weights
+from mlx_optiq_ext.kv.fold import rotated_blocks
+from mlx_optiq_ext.kv.observe import observe
+from mlx_optiq_ext.models.arrays import named_arrays
+from mlx_optiq_ext.models.families import find_blocks
+from mlx_optiq_ext.models.load import cast_floats, float_dtype, load_model, load_tokenizer
+from mlx_optiq_ext.quant.size import format_nbytes
+from mlx_optiq_ext.types.chat import Sampling
+from mlx_optiq_ext.types.kv import KVConfig
+from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.progress import Progress, ProgressSink
+from mlx_optiq_ext.types.serve import ServeOptions
+from mlx_optiq_ext.types.status import ServedModel
+
+__all__ = ["Loaded", "ModelSpec", "load"]
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+_CONTEXT_UNKNOWN = 8192
+_TEMPERATURE = 0.7
+"""Where neither the request, nor the user, nor the model says one."""
+_log = logging.getLogger(__name__)
+_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that may be loaded."""
+
+    name: str
+    ref: ModelRef
+    kv_config: KVConfig | None = None
+    created: int = 0
+
+
+class Loaded:
+    """An open model.
+
+    Args:
+        spec: Where it came from.
+        model: Evaluated.
+        config: Its config.json.
+        tokenizer: mlx-lm's wrapper.
+        kv: Its KV storage, following its weights; None: mlx-lm's caches.
+        options: Of the server.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: nn.Module,
+        config: dict[str, Any],
+        tokenizer: Any,
+        kv: KVConfig | None,
+        options: ServeOptions,
+    ) -> None:
+        self.spec = spec
+        self.model = model
+        self.tokenizer = tokenizer
+        self.kv = kv
+        self.vocab_size = _vocab_size(model)
+        self.renderer = Renderer(tokenizer, reasoning=options.reasoning)
+        self.constrainer = Constrainer(tokenizer, self.vocab_size)
+        self.stops = StopSequences([(token,) for token in tokenizer.eos_token_ids])
+        self.defaults = _defaults(Path(spec.ref.path), options)
+        self.sizes = CacheSizes(model, self.fresh_caches)
+        self.weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
+        self.model_context = _model_context(config)
+        self.context = min(options.context or self.model_context, self.model_context)
+        self.forgets = any(forgets(cache) for cache in self.fresh_caches())
+        weights = fingerprint(spec.ref).sha256
+        storage = msgspec.json.encode(kv).decode() if kv is not None else str(float_dtype(model, config))
+        self.cache_key = f"{weights} {storage}"
+        self._bpw = _stored_bpw(config, self.weights_nbytes, model)
+
+    def fresh_caches(self) -> list[Any]:
+        """Empty caches of one row."""
+        if self.kv is None:
+            caches: list[Any] = make_prompt_cache(self.model)
+            return caches
+        return build_caches(self.model, self.kv)
+
+    def sampling(self, wanted: Sampling) -> Sampling:
+        """A request's sampling with the defaults where it says nothing."""
+        known = {name: getattr(wanted, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        missing = {name: getattr(self.defaults, name) for name, value in known.items() if value is None}
+        return msgspec.structs.replace(wanted, **missing)
+
+    def limit_context(self, cache_nbytes: int) -> None:
+        """Serve no more context than ``cache_nbytes`` of KV cache hold.
+
+        Raises:
+            ResourceError: Not even a short prompt fits.
+        """
+        fits = self.sizes.tokens_within(cache_nbytes, self.context)
+        if fits < min(256, self.context):
+            raise ResourceError(
+                f"{self.spec.name}: {format_nbytes(self.weights_nbytes)} of weights leave "
+                f"{format_nbytes(max(0, cache_nbytes))} for the KV cache, enough for {fits} tokens; raise "
+                "--memory, or serve a smaller model"
+            )
+        self.context = fits
+
+    def check(self) -> None:
+        """Run one token: after a failure, the proof that the model still can.
+
+        Raises:
+            EngineError: Its logits are not finite. Anything else the model raises passes through.
+        """
+        run: Any = self.model
+        out = run(mx.array([[0]]), cache=self.fresh_caches())
+        if not bool(mx.all(mx.isfinite(getattr(out, "logits", out)))):
+            raise EngineError(f"{self.spec.name} answers with numbers that are not finite")
+
+    def describe(self) -> ServedModel:
+        """What ``/v1/models`` says of it."""
+        return ServedModel(
+            id=self.spec.name,
+            source=Path(self.spec.ref.source).name if self.spec.ref.is_local else self.spec.ref.source,
+            loaded=True,
+            created=self.spec.created,
+            context=self.context,
+            weights_nbytes=self.weights_nbytes,
+            bpw=self._bpw,
+            kv_bits=self.kv.bits_per_number if self.kv is not None else None,
+            thinks=bool(self.tokenizer.has_thinking),
+            calls_tools=bool(self.tokenizer.has_tool_calling),
+        )
+
+
+def load(spec: ModelSpec, options: ServeOptions, limit_nbytes: int, progress: ProgressSink) -> Loaded:
+    """Open a model on this thread and evaluate its weights.
+
+    Args:
+        limit_nbytes: What weights may take.
+        progress: Gets one event per block.
+    Raises:
+        ResourceError: The weights do not fit.
+        FingerprintMismatch: The KV configuration belongs to another model.
+        ModelError: It cannot be opened.
+    """
+    model, config = load_model(spec.ref, trust_remote_code=options.trust_remote_code)
+    dtype = _serving_dtype(model, config, options.dtype)
+    if dtype is not None:
+        cast_floats(model, dtype)
+    needed = sum(array.nbytes for _, array in named_arrays(model.parameters()))
+    if needed > limit_nbytes:
+        raise ResourceError(
+            f"{spec.name}: {format_nbytes(needed)} of weights, and {format_nbytes(max(0, limit_nbytes))} are "
+            "left for weights; raise --memory, or quantize it with `optiq convert`"
+        )
+    tokenizer = load_tokenizer(spec.ref, trust_remote_code=options.trust_remote_code)
+    kv = _storage(spec, model, config, options)
+    blocks = find_blocks(model)
+    for k, block in enumerate(blocks.modules):
+        mx.eval(block.parameters())
+        progress(Progress(stage=f"load {spec.name}", done=k + 1, total=len(blocks)))
+    mx.eval(model.parameters())
+    return Loaded(spec, model, config, tokenizer, kv, options)
+
+
+def _storage(
+    spec: ModelSpec, model: nn.Module, config: dict[str, Any], options: ServeOptions
+) -> KVConfig | None:
+    kv = spec.kv_config
+    if kv is None:
+        return None
+    if kv.model is not None and kv.model.sha256 != fingerprint(spec.ref).sha256:
+        raise FingerprintMismatch(
+            f"the KV configuration was measured on {kv.model.source or 'another model'}, whose weights are "
+            f"not those of {spec.name}; make one with `optiq kv-cache {spec.name}`"
+        )
+    if options.kv_recent is not None:
+        kv = msgspec.structs.replace(kv, recent=options.kv_recent)
+    return follow_weights(kv, observe(model), rotated_blocks(config))
+
+
+def _serving_dtype(model: nn.Module, config: dict[str, Any], wanted: str) -> mx.Dtype | None:
+    """The type to compute in; None leaves every tensor as it is stored."""
+    if wanted != "auto":
+        return _DTYPES[wanted]
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    # Half-precision kernels on a CPU are inexact and many times slower (docs/platforms.md).
+    return mx.float32 if on_cpu and float_dtype(model, config) != mx.float32 else None
+
+
+def _model_context(config: dict[str, Any]) -> int:
+    """Tokens that the model was made for."""
+    for part in (config.get("text_config") or {}, config):
+        for name in _CONTEXT_NAMES:
+            value = part.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return _CONTEXT_UNKNOWN
+
+
+def _vocab_size(model: nn.Module) -> int:
+    """Width of the logits, from a forward pass of one token that is not evaluated."""
+    run: Any = model
+    out = run(mx.zeros((1, 1), dtype=mx.int32))
+    return int(getattr(out, "logits", out).shape[-1])
+
+
+def _defaults(folder: Path, options: ServeOptions) -> Sampling:
+    """Sampling where a request says nothing: what the user set, else generation_config.json of the model."""
+    own: Any = {}
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            own = json.loads(file.read_text("utf-8"))
+        except ValueError:
+            _log.warning("%s: generation_config.json is not JSON; its sampling is not used", folder.name)
+    own = own if isinstance(own, dict) else {}
+    return Sampling(
+        temperature=_number(options.temperature, own.get("temperature"), _TEMPERATURE),
+        top_p=_number(options.top_p, own.get("top_p"), 1.0),
+        top_k=int(_number(own.get("top_k"), 0)),
+        min_p=_number(own.get("min_p"), 0.0),
+    )
+
+
+def _number(*candidates: Any) -> float:
+    return next(float(value) for value in candidates if isinstance(value, int | float))
+
+
+def _stored_bpw(config: dict[str, Any], nbytes: int, model: nn.Module) -> float | None:
+    """Bits per weight of a quantized checkpoint as mlx-lm counts them; None for others."""
+    if "quantization" not in config:
+        return None
+    numel = 0
+    for module in model.modules():
+        own = module.parameters() if hasattr(module, "bits") else {}
+        if "scales" in own:
+            numel += own["weight"].size * 32 // int(module.bits)
+    plain = sum(
+        array.size
+        for name, array in named_arrays(model.parameters())
+        if array.dtype != mx.uint32 and not name.endswith((".scales", ".biases"))
+    )
+    return 8 * nbytes / (numel + plain) if numel else None

@@ -1,0 +1,227 @@
+"""Models in memory: opened when named, within a budget; prefixes that survive; families that forget."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support_families import save_family
+from support_serving import Asked, ask, engine_on, greedy, spec_of, text_of, tiny_folder
+
+import mlx_optiq_ext
+from mlx_optiq_ext import _hook
+from mlx_optiq_ext.engine.engine import LocalEngine
+from mlx_optiq_ext.errors import FingerprintMismatch, Overloaded, ResourceError, UnknownName, UsageError
+from mlx_optiq_ext.hub.fingerprint import fingerprint
+from mlx_optiq_ext.types.events import Failed, Started, TextDelta
+from mlx_optiq_ext.types.kv import KVConfig, KVLayer
+from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.quant import Choice
+from mlx_optiq_ext.types.serve import ServeOptions
+
+WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+"""About 100 MB of weights."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched() -> Iterator[None]:
+    mlx_optiq_ext.install()
+    yield
+    _hook.uninstall()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def _prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(int(token) for token in np.random.default_rng(seed).integers(5, 60, size=length))
+
+
+def _loaded(engine: LocalEngine) -> list[str]:
+    return [model.id for model in engine.status().models if model.loaded]
+
+
+def test_models_are_opened_by_name_and_make_room_for_each_other(tmp_path: Path) -> None:
+    folders = [
+        tiny_folder(tmp_path / name, seed, **WIDE) for seed, name in enumerate(("one", "two", "three"))
+    ]
+    weights = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
+    limit = int(2.5 * weights + 128e6)
+    engine = engine_on(*map(spec_of, folders), memory=f"{limit // 1_000_000}MB")
+    try:
+        assert _loaded(engine) == ["one"]
+        answers = [
+            text_of(ask(engine, greedy(_prompt(20), 8, model=name))) for name in ("one", "two", "three")
+        ]
+        assert len(set(answers)) == 3
+        assert _loaded(engine) == ["two", "three"]
+        assert engine.status().weights_nbytes < limit
+        assert text_of(ask(engine, greedy(_prompt(20), 8, model="one"))) == answers[0]
+    finally:
+        engine.close()
+
+
+def test_a_model_that_answers_is_not_unloaded_for_another(tmp_path: Path) -> None:
+    folders = [tiny_folder(tmp_path / name, seed, **WIDE) for seed, name in enumerate(("one", "two"))]
+    weights = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
+    engine = engine_on(*map(spec_of, folders), memory=f"{int(1.7 * weights + 128e6) // 1_000_000}MB")
+    try:
+        running = Asked(engine, greedy(_prompt(20), 1500))
+        running.until(TextDelta)
+        [failed] = ask(engine, greedy(_prompt(20), 2, model="two"))
+        assert isinstance(failed, Failed)
+        assert (failed.kind, failed.status) == ("Overloaded", 529)
+        assert failed.retry_after_s
+        with pytest.raises(Overloaded, match="answering requests"):
+            engine.unload("one").result(10)
+        running.cancel()
+        running.end()
+        assert text_of(ask(engine, greedy(_prompt(20), 2, model="two")))
+    finally:
+        engine.close()
+
+
+def test_models_can_be_loaded_and_unloaded_by_name(folder: Path) -> None:
+    engine = engine_on(spec_of(folder))
+    try:
+        engine.unload("tiny").result(10)
+        assert _loaded(engine) == []
+        engine.load("tiny").result(10)
+        assert _loaded(engine) == ["tiny"]
+        with pytest.raises(UnknownName, match="no model 'other'; there are tiny"):
+            engine.load("other")
+        with pytest.raises(UnknownName, match="no model"):
+            engine.unload("../tiny")
+    finally:
+        engine.close()
+
+
+def test_an_idle_model_is_unloaded_and_comes_back(folder: Path) -> None:
+    engine = engine_on(spec_of(folder), idle_unload_s=0.2)
+    try:
+        answer = text_of(ask(engine, greedy(_prompt(20), 8)))
+        until = time.monotonic() + 10
+        while _loaded(engine) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert _loaded(engine) == []
+        assert engine.status().state == "ready"
+        assert text_of(ask(engine, greedy(_prompt(20), 8))) == answer
+    finally:
+        engine.close()
+
+
+def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
+    engine = LocalEngine([spec_of(folder)], _options(memory="129MB"))
+    with pytest.raises(ResourceError, match=r"tiny: .* of weights, and .* are left for weights"):
+        engine.start()
+    engine.close()
+
+
+def test_the_context_is_what_the_memory_holds(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "long", max_position_embeddings=1 << 20)
+    engine = engine_on(spec_of(folder), memory="140MB")
+    try:
+        [model] = engine.status().models
+        assert 256 <= model.context < 1 << 20
+        per_token = 2 * 2 * 2 * 32 * 4  # layers, keys and values, heads, numbers, bytes
+        left = 140e6 - 128e6 - model.weights_nbytes
+        assert model.context * per_token <= left
+        assert model.context * per_token > 0.9 * left
+    finally:
+        engine.close()
+
+
+def test_rows_wait_until_there_is_memory(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "long", max_position_embeddings=1 << 20)
+    engine = engine_on(spec_of(folder), memory="140MB")
+    try:
+        [model] = engine.status().models
+        big = _prompt(model.context // 2 + 50)
+        asked = [Asked(engine, greedy((*big[:-1], k), 4)) for k in range(3)]
+        for each in asked:
+            assert not isinstance(each.end()[-1], Failed)
+    finally:
+        engine.close()
+
+
+def test_a_prefix_survives_a_restart_of_the_engine(folder: Path, tmp_path: Path) -> None:
+    prompt, answers = _prompt(600), []
+    for wanted in (0, 599):
+        engine = engine_on(spec_of(folder), prompt_cache_dir=str(tmp_path / "kept"))
+        try:
+            events = ask(engine, greedy(prompt, 10))
+            answers.append(text_of(events))
+            assert Started(cached_tokens=wanted) in events
+        finally:
+            engine.close()
+    assert answers[0] == answers[1]
+    engine = engine_on(spec_of(folder), prompt_cache_dir=str(tmp_path / "kept"))
+    try:
+        assert engine.status().prefix_cache.disk_entries == 1
+        assert engine.clear_prefix_cache().result(10) > 0
+    finally:
+        engine.close()
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_other_weights_share_no_prefix(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = tiny_folder(tmp_path / f"{seed}" / "same-name", seed)
+        engine = engine_on(spec_of(folder), prompt_cache_dir=str(tmp_path / "kept"))
+        try:
+            assert Started(cached_tokens=0) in ask(engine, greedy(_prompt(600), 4))
+        finally:
+            engine.close()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
+def test_models_that_forget_reuse_prefixes_from_checkpoints(tmp_path: Path, family: str) -> None:
+    folder = save_family(tmp_path / family, family)
+    engine = engine_on(spec_of(folder), dtype="float32")
+    try:
+        history = _prompt(160)
+        first = ask(engine, greedy(history, 6))
+        assert Started(cached_tokens=0) in first
+        generated = _prompt(7, 5)
+        follow_up = greedy((*history, *generated), 6)
+        reused = ask(engine, follow_up)
+        [started] = [event for event in reused if isinstance(event, Started)]
+        engine.clear_prefix_cache().result(10)
+        assert text_of(ask(engine, follow_up)) == text_of(reused)
+        assert started.cached_tokens == 159
+    finally:
+        engine.close()
+
+
+def test_a_kv_configuration_of_other_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = tiny_folder(tmp_path / "other", 1)
+    keep = Choice(bits=8, group_size=32)
+    config = KVConfig(
+        layers=(KVLayer(index=0, k=keep, v=keep),),
+        rotate=True,
+        model=fingerprint(ModelRef(path=str(other), source="other")),
+    )
+    engine = LocalEngine([spec_of(folder, config)], _options())
+    with pytest.raises(FingerprintMismatch, match="measured on other"):
+        engine.start()
+    engine.close()
+
+
+def test_unusable_options_are_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for changed, message in (
+        ({"memory": "much"}, "--memory"),
+        ({"prompt_cache": "none"}, "--prompt-cache"),
+        ({"prompt_cache_dir": str(tmp_path / "file")}, "--prompt-cache-dir"),
+        ({"alias": ("a=b",)}, "--alias a=b"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            LocalEngine([spec_of(folder)], _options(**changed))
+
+
+def _options(**changed: Any) -> ServeOptions:
+    return ServeOptions(**{"memory": "2GB", **changed})
