@@ -22,6 +22,7 @@ _METAVARS = {
     "candidate_bits": "CHOICES",
     "fit": "SIZE",
     "kv_uniform": "CHOICES",
+    **dict.fromkeys(("max_body", "memory", "prompt_cache", "prompt_cache_disk"), "SIZE"),
     "pin": "PATTERN=CHOICE",
     "uniform": "CHOICES",
 }
