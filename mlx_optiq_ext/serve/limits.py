@@ -25,7 +25,8 @@ def arrive_within(receive: Receive, timeout_s: float) -> Receive:
         if complete:
             return await receive()
         try:
-            message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                message = await receive()
         except TimeoutError:
             raise HTTPException(
                 f"the request did not arrive within {timeout_s:g} s", status_code=408

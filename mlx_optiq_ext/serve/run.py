@@ -91,7 +91,9 @@ class Run:
             yield told
         while self._jobs:
             try:
-                told = await asyncio.wait_for(self._next(), heartbeat_s)
+                # Not wait_for: before Python 3.12 it loses a cancellation that meets an event.
+                async with asyncio.timeout(heartbeat_s):
+                    told = await self._next()
             except TimeoutError:
                 yield None
                 continue

@@ -62,6 +62,12 @@ class Server(uvicorn.Server):
         self._draining: threading.Thread | None = None
         self.engine_failed = False
 
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        port: int = self._socket.getsockname()[1]
+        return port
+
     def serve_until_stopped(self) -> None:
         """Take requests until a signal, :meth:`stop`, or the engine's failure. Blocks."""
         try:
