@@ -36,7 +36,7 @@ from mlx_optiq_ext.kv.sensitivity import (
     estimate_divergences,
 )
 from mlx_optiq_ext.measure.records import Split
-from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
+from mlx_optiq_ext.measure.sessions import Sessions, load_sessions, prefix_lengths
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
 from mlx_optiq_ext.types.figures import FEWEST_WINDOWS
 from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity, KVTensor
@@ -45,9 +45,7 @@ from mlx_optiq_ext.types.options import KVCacheOptions
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
 from mlx_optiq_ext.types.quant import AFFINE_GROUPS, KEEP, Choice
 
-__all__ = ["CachePlan", "plan_cache", "prefix_lengths"]
-
-_LENGTHS = (256, 1024)
+__all__ = ["CachePlan", "plan_cache"]
 
 
 class CachePlan(NamedTuple):
@@ -59,6 +57,8 @@ class CachePlan(NamedTuple):
     """The measurement was taken from an earlier run."""
     weights_nbytes: int
     """Bytes of the checkpoint's weights, for ``--fit``."""
+    positions: int | None
+    """Tokens that the model was made for, where its config says it."""
 
 
 def plan_cache(
@@ -113,14 +113,14 @@ def plan_cache(
     score = accepted.score()
     scores = tuple(replace(entry.score(), accepted=entry is accepted) for entry in scored)
     table = replace(table, scores=scores, notes=tuple(dict.fromkeys((*table.notes, *held_out.info.notes))))
-    notes = (*table.notes, *_dense_note(caches), *_context_note(model_config, options.context))
+    notes = (*table.notes, *_dense_note(caches), *_context_note(_positions(model_config), options.context))
     notes += loss_notes(accepted.candidate, score)
     if options.recent or options.first:
         notes += (_exact_note(options),)
     else:
         notes += estimate_note(accepted.candidate, score)
     config = replace(accepted.config, chosen=reason, notes=notes, held_out_sha256=held_out.info.sha256)
-    return CachePlan(table, config, reused, weights)
+    return CachePlan(table, config, reused, weights, _positions(model_config))
 
 
 def _sessions(tokenizer: TokenizerWrapper, options: KVCacheOptions, split: Split) -> Sessions:
@@ -153,11 +153,6 @@ def _settings(options: KVCacheOptions, text: Sessions) -> str:
         __version__,
     )
     return hashlib.sha256(msgspec.json.encode(relevant)).hexdigest()
-
-
-def prefix_lengths(context: int) -> tuple[int, ...]:
-    """Prefix lengths to measure: 256 and 1,024 tokens where they are shorter, and the context itself."""
-    return (*(length for length in _LENGTHS if length < context), context)
 
 
 def _candidates(caches: CacheMap, options: KVCacheOptions) -> dict[tuple[str, KVTensor], tuple[Choice, ...]]:
@@ -231,13 +226,17 @@ def _refused(
     return found
 
 
-def _context_note(config: dict[str, Any], context: int) -> tuple[str, ...]:
+def _positions(config: dict[str, Any]) -> int | None:
+    """Tokens that a model was made for, where its config says it."""
+    limit = {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def _context_note(positions: int | None, context: int) -> tuple[str, ...]:
     """Say where the model was not made for the context."""
-    text = {**config, **(config.get("text_config") or {})}
-    limit = text.get("max_position_embeddings")
-    if not isinstance(limit, int) or context <= limit:
+    if positions is None or context <= positions:
         return ()
-    return (f"the model's config names {limit:,} positions, --context is {context:,}",)
+    return (f"the model's config names {positions:,} positions, --context is {context:,}",)
 
 
 def _exact_note(options: KVCacheOptions) -> str:
@@ -259,6 +258,7 @@ def _config(table: KVSensitivity, candidate: CacheCandidate, options: KVCacheOpt
     bits = stored_bits(table.sites, candidate.choices, extent)
     return KVConfig(
         model=table.model,
+        sites=table.sites,
         layers=layers_of(table, candidate.choices),
         rotate=table.rotate,
         recent=options.recent,

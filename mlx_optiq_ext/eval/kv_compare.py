@@ -26,7 +26,7 @@ from mlx_optiq_ext.kv.build import follow_weights, layouts, unnamed_caches
 from mlx_optiq_ext.kv.fold import rotated_blocks
 from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
-from mlx_optiq_ext.measure.sessions import Sessions, load_sessions
+from mlx_optiq_ext.measure.sessions import Sessions, load_sessions, prefix_lengths
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
 from mlx_optiq_ext.types.figures import FEWEST_WINDOWS
 from mlx_optiq_ext.types.kv import (
@@ -79,7 +79,7 @@ def compare_caches(
         require_same_tokens(tokenizer, reference, candidate, trust_remote_code=options.trust_remote_code)
     text = load_sessions(
         tokenizer,
-        parse_lengths(kv.lengths),
+        prefix_lengths(kv.context) if kv.lengths is None else parse_lengths(kv.lengths),
         num_tokens=options.num_tokens,
         source=options.held_out,
         split="held_out",

@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mlx_optiq_ext.errors import ModelNotFound, UsageError
+from mlx_optiq_ext.errors import ModelNotFound, OptiqError, UsageError
 from mlx_optiq_ext.hub.explain import HUB_ERRORS, explain_hub_error, is_unreachable
 from mlx_optiq_ext.hub.fetch import fetch_files, fetch_listing, find_cached
 from mlx_optiq_ext.types.model import ModelRef
@@ -136,7 +136,7 @@ def _require_hub_id(source: str, path: Path) -> None:
         raise ModelNotFound(
             f"{source} is a file; give the folder it lies in, or a Hub id (ORGANISATION/NAME)"
         )
-    if re.match(r"^(\.{0,2}/|~|[A-Za-z]:\\)", source) or source.count("/") > 1:
+    if re.match(r"^(\.|/|~|[A-Za-z]:\\)", source) or source.count("/") > 1:
         raise ModelNotFound(f"no folder {source}; give an existing folder, or a Hub id (ORGANISATION/NAME)")
     try:
         validate_repo_id(source)
@@ -152,10 +152,17 @@ def _resolve_hub_id(repo_id: str, revision: str | None, progress: ProgressSink, 
     except HUB_ERRORS as error:
         cached = find_cached(repo_id, revision) if is_unreachable(error) else None
         if cached is None:
-            raise explain_hub_error(error, repo_id, revision) from error
+            raise _no_folder_either(explain_hub_error(error, repo_id, revision), repo_id) from error
         check_model_folder(cached)
         _log.warning("the Hub does not answer; using %s at commit %s from the cache", repo_id, cached.name)
         return ModelRef(path=str(cached), source=repo_id, revision=cached.name, is_local=False)
     folder = fetch_files(remote, progress=progress)
     check_model_folder(folder)
     return ModelRef(path=str(folder), source=repo_id, revision=remote.commit, is_local=False)
+
+
+def _no_folder_either(explained: OptiqError, repo_id: str) -> OptiqError:
+    """The error of a Hub id that may be a mistyped folder: the folder that would hold it is there."""
+    if not isinstance(explained, ModelNotFound) or not Path(repo_id).parent.is_dir():
+        return explained
+    return ModelNotFound(f"no folder {repo_id} here; as a Hub id: {explained}")

@@ -104,8 +104,10 @@ def _placed(caches: CacheMap, config: KVConfig) -> list[tuple[KVLayer, KVSite | 
     """Every entry with the cache that it speaks of; None where the model has none.
 
     Raises:
-        FingerprintMismatch: An entry names a block that fills several caches.
+        FingerprintMismatch: An entry names a block that fills several caches, or the configuration was made
+            for other caches.
     """
+    _require_same_shapes(caches, config)
     by_place = {(site.index, site.member): site for site in caches.sites}
     return [
         (
@@ -114,6 +116,34 @@ def _placed(caches: CacheMap, config: KVConfig) -> list[tuple[KVLayer, KVSite | 
         )
         for layer in config.layers
     ]
+
+
+def _require_same_shapes(caches: CacheMap, config: KVConfig) -> None:
+    """Refuse a model with other caches than those the configuration was made for, where it says so.
+
+    Raises:
+        FingerprintMismatch: Another number of caches, or heads of another number or size.
+    """
+    if not config.sites:
+        return
+    made, found = ({site.name: _shape(site) for site in sites} for sites in (config.sites, caches.sites))
+    if made == found:
+        return
+    if len(made) != len(found):
+        difference = f"{len(made)} caches, this model has {len(found)}"
+    else:
+        name = next(name for name in made if made[name] != found.get(name))
+        difference = f"{made[name]} in cache {name}, this model has {found.get(name, 'no such cache')}"
+    source = config.model.source if config.model is not None else ""
+    raise FingerprintMismatch(
+        f"the KV configuration was made for {source or 'a model'} with {difference}; "
+        "make one for this model with `optiq kv-cache MODEL`"
+    )
+
+
+def _shape(site: KVSite) -> str:
+    values = "" if site.value_dim == site.key_dim else f" (values {site.value_dim})"
+    return f"{site.heads} heads of {site.key_dim}{values}"
 
 
 def _what(layer: KVLayer) -> str:

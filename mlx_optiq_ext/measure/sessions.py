@@ -14,7 +14,9 @@ from mlx_optiq_ext.measure.records import Record, Split, hash_records, read_reco
 from mlx_optiq_ext.measure.rendering import render_record
 from mlx_optiq_ext.types.quant import CalibrationInfo
 
-__all__ = ["Sessions", "load_sessions"]
+__all__ = ["Sessions", "load_sessions", "prefix_lengths"]
+
+_LENGTHS = (256, 1024)
 
 
 class Sessions(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -79,6 +81,11 @@ def load_sessions(
         notes=notes,
     )
     return Sessions(windows=windows, info=info)
+
+
+def prefix_lengths(context: int) -> tuple[int, ...]:
+    """Prefix lengths of ``--context``: 256 and 1,024 tokens where shorter, and the context itself."""
+    return (*(length for length in _LENGTHS if length < context), context)
 
 
 def _in_turns(records: tuple[Record, ...]) -> list[Record]:

@@ -34,6 +34,10 @@ class KVCommand:
         self._drafts: list[weakref.ref[Any]] = []
         self._told: list[weakref.ref[Any]] = []
 
+    def say(self, text: str) -> None:
+        """One line on stderr, as the command's own."""
+        print(f"{self.name}: {text}", file=sys.stderr)
+
     def note_draft(self, model: Any) -> None:
         """Remember that a model drafts: it may do without the configuration."""
         if not _has(self._drafts, model):
@@ -55,7 +59,7 @@ class KVCommand:
                 raise
             if not _has(self._told, model):
                 self._told.append(weakref.ref(model))
-                print(f"{self.name}: the draft model keeps stock KV caches: {error}", file=sys.stderr)
+                self.say(f"the draft model keeps stock KV caches: {error}")
             return None
 
     def _tell_unnamed(self, model: Any, max_kv_size: int | None) -> None:
@@ -69,10 +73,7 @@ class KVCommand:
         self._told.append(weakref.ref(model))
         unnamed = unnamed_caches(observe(model, max_kv_size), self.config)
         if unnamed:
-            print(
-                f"{self.name}: caches {', '.join(unnamed)} are not in --kv-config: full precision",
-                file=sys.stderr,
-            )
+            self.say(f"caches {', '.join(unnamed)} are not in --kv-config: full precision")
 
 
 _running: KVCommand | None = None

@@ -120,7 +120,7 @@ def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
     other = other_weights(config.model, ref) if config.model is not None else ""
     asked = running()
     if other and asked is not None:
-        print(f"{asked.name}: --kv-config {other}", file=sys.stderr)
+        asked.say(f"--kv-config {other}")
     return config
 
 

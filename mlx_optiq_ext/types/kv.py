@@ -97,6 +97,8 @@ class KVConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format_version: int = 1
     model: ModelFingerprint | None = None
     """Model that was measured; None for the published list form, which does not say."""
+    sites: tuple[KVSite, ...] = ()
+    """Its caches: a model with others is refused. Empty: not said."""
     layers: tuple[KVLayer, ...]
     rotate: bool = True
     """Keys and values are stored after an orthonormal Hadamard rotation along the head."""

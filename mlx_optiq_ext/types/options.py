@@ -205,9 +205,12 @@ class KVScoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         str,
         _d("Also compare plain uniform KV caches, neither centred nor rotated: such as 8,4,k6v4,4g32."),
     ] = ""
-    lengths: Annotated[
-        str, _d("Prefix lengths at which caches are compared; those that the text does not reach are named.")
-    ] = "256,1024,4096"
+    context: Annotated[
+        int, msgspec.Meta(ge=16, description="Tokens of context to compare at, with 256 and 1024 before it.")
+    ] = 4096
+    lengths: Annotated[str | None, _d("Prefix lengths in place of those of --context, comma-separated.")] = (
+        None
+    )
     needle: Annotated[
         bool, _d("Also hide facts in the context and look whether each cache still finds them.")
     ] = False

@@ -89,6 +89,15 @@ def test_the_context_that_fits_is_said(
     assert json.loads(capsys.readouterr().out)["fitting_context"] > 1_000_000
 
 
+def test_a_context_that_fits_beyond_what_the_model_was_made_for_is_said(
+    text: tuple[str, ...], tmp_path: Path, capsys: Any
+) -> None:
+    config = {**LLAMA, "max_position_embeddings": 2048}
+    short = save_model_folder(tmp_path / "short", tiny_model(config), config)
+    assert plan(short, tmp_path, "--target-bits", "5.5", "--fit", "8GB", "--quiet", *text) == 0
+    assert "the model's config names 2,048 positions" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_is_there_is_not_replaced(model: Path, planned: Path, capsys: Any) -> None:
     before = (planned / "kv_config.json").read_bytes()
     assert plan(model, planned) == 2
@@ -170,6 +179,29 @@ def test_scores_of_caches_by_length(
         assert [r["bits_per_number"] for r in (full, eight, three, pair)] == [16, 9, 4, 6]
         assert eight["bytes_per_token"] == 9 * 256 / 8
         assert eight["divergence_half_width"] > 0
+
+
+def test_context_means_the_same_prefixes_as_when_measuring(
+    model: Path, text: tuple[str, ...], capsys: Any
+) -> None:
+    flags = ("--kv-uniform", "8", "--context", "320", *text[2:], "--num-tokens", "64", "--json")
+    assert score(model, *flags) == 0
+    assert [row["length"] for row in json.loads(capsys.readouterr().out)["rows"]] == [256, 320] * 2
+
+
+def test_a_configuration_of_a_model_with_other_heads_says_what_differs(
+    model: Path, text: tuple[str, ...], planned: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for changed, difference in (
+        ({"num_key_value_heads": 1}, "2 heads of 32 in cache 0, this model has 1 heads of 32"),
+        ({"num_hidden_layers": 3}, "2 caches, this model has 3"),
+    ):
+        config = {**LLAMA, **changed}
+        other = save_model_folder(tmp_path / next(iter(changed)), tiny_model(config), config)
+        assert score(other, "--kv-config", planned, "--lengths", "64", *text[2:]) != 0
+        said = capsys.readouterr().err
+        assert f"was made for {model} with {difference}" in said
+        assert "optiq kv-cache MODEL" in said
 
 
 def test_hidden_facts_are_the_same_at_every_run_and_a_random_model_finds_none(

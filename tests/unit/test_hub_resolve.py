@@ -114,6 +114,7 @@ def test_damaged_weight_index_is_named(folder):
         ("/nowhere/model", "no folder /nowhere/model"),
         ("./nowhere", r"no folder \./nowhere"),
         ("a/b/c", "no folder a/b/c"),
+        (".models/tiny", r"no folder \.models/tiny"),
         ("org/na me", "neither a folder here nor a Hub id"),
         ("", "neither a folder|no folder|no config"),
     ],
@@ -186,6 +187,16 @@ def test_unreachable_hub_without_a_copy_is_explained(hub, offline, message, monk
     go_offline(hub, offline, monkeypatch)
     with pytest.raises(ModelNotFound, match=message):
         resolve_model("org/model")
+
+
+@pytest.mark.parametrize("offline", ["mode", "server", None])
+def test_a_mistyped_folder_is_told_from_a_hub_id(hub, offline, monkeypatch, tmp_path):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if offline:
+        go_offline(hub, offline, monkeypatch)
+    with pytest.raises(ModelNotFound, match=r"^no folder models/tyni here; as a Hub id: .*models/tyni "):
+        resolve_model("models/tyni")
 
 
 def test_incomplete_cached_copy_does_not_pass_for_a_model(hub, monkeypatch):

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             (
                 f"fits into {options.fit}",
                 f"{_tokens(fitting)}, with {format_nbytes(plan.weights_nbytes)} of weights and "
-                f"{format_nbytes(room)} head room",
+                f"{format_nbytes(room)} head room{_beyond(fitting, plan.positions)}",
             ),
         )
     console.note(f"wrote {config_file} and {table_file}")
@@ -117,6 +117,13 @@ def run(args: argparse.Namespace) -> int:
 def _tokens(fitting: int) -> str:
     """A context in words."""
     return "any context" if fitting >= UNBOUNDED else f"{fitting:,} tokens"
+
+
+def _beyond(fitting: int, positions: int | None) -> str:
+    """That the model was not made for so many tokens; empty where it was."""
+    if positions is None or fitting <= positions:
+        return ""
+    return f"; the model's config names {positions:,} positions"
 
 
 def _measured_before(file: Path) -> KVSensitivity | None:
