@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any, Literal
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 
 from mlx_optiq_ext.engine.tools.bare import BareCalls
 from mlx_optiq_ext.engine.tools.block import CallBlock, CallSyntax
@@ -49,6 +50,15 @@ class _Markers:
         }
 
 
+def _detokenizer(tokenizer: Any, *, continues: bool) -> Any:
+    """A detokenizer for one answer; where that continues a text, a space at its beginning is kept."""
+    made = tokenizer.detokenizer
+    if continues and isinstance(made, BPEStreamingDetokenizer | SPMStreamingDetokenizer):
+        # They drop the first space of a text, so this one has begun already.
+        made.text, made.offset = " ", 1
+    return made
+
+
 class AnswerDecoder:
     """One row's answer.
 
@@ -65,7 +75,6 @@ class AnswerDecoder:
         is_raw = request.prompt is not None
         calls = bool(self._tools) and not is_raw
         self._syntax = call_syntax(tokenizer)
-        self._detokenizer = tokenizer.detokenizer
         self._sink = CallSink(self._tools)
         self._visible = VisibleText(request.stop, calls=calls)
         self._bare = BareCalls(self._sink) if calls and request.constraint is None else None
@@ -75,17 +84,17 @@ class AnswerDecoder:
         self._unshown: list[str] = []
         self._events: list[Event] = []
         self._logprobs: deque[tuple[TokenLogprob, int]] = deque()
-        machine = (
+        self._states = (
             TextStateMachine(None)
             if is_raw
             else make_text_state_machine(_Markers(tokenizer, self._syntax, calls=calls))
         )
-        continues = bool(request.messages) and request.messages[-1].role == "assistant"
-        if is_raw or (continues and not starts_reasoning):
-            self._where = "normal"
-        else:
-            self._where = "reasoning" if starts_reasoning else tokenizer.response_initial_state or "normal"
-        self._machine = machine.make_state(self._where)
+        continues = is_raw or (bool(request.messages) and request.messages[-1].role == "assistant")
+        self._detokenizer = _detokenizer(tokenizer, continues=continues)
+        initial = "normal" if continues else tokenizer.response_initial_state or "normal"
+        self._where = "reasoning" if starts_reasoning and not is_raw else initial
+        self._before_block = ""
+        self._machine = self._states.make_state(self._where)
 
     @property
     def stop_sequence(self) -> str | None:
@@ -127,7 +136,9 @@ class AnswerDecoder:
             self._detokenizer.finalize()
             self._read(self._detokenizer.last_segment)
             self._machine, held, _ = TextStateMachine.flush(self._machine)
-            self._route(held)
+            # Behind a call that has ended, what is held can only be the beginning of the end marker.
+            if self._where != "tool" or self._block is None or not self._block.has_ended_calls:
+                self._route(held)
             self._close_block("", is_whole=reason == "stop")
             if self._bare is not None:
                 self._show(self._bare.close())
@@ -140,23 +151,28 @@ class AnswerDecoder:
     def _read(self, text: str) -> None:
         """Through the model's markers."""
         self._machine, segments = TextStateMachine.split(self._machine, text)
-        for where, piece in segments:
-            if where != self._where:
-                self._move(where)
+        for at, (where, piece) in enumerate(segments):
+            if where != self._where and not self._move(where):
+                rest = "".join(text for _, text in segments[at:]) + self._machine[3]
+                self._machine = self._states.make_state(self._where)
+                self._read(rest)
+                return
             self._route(piece)
 
-    def _move(self, where: str) -> None:
-        """The text goes on in another state."""
-        if self._where == "tool":
-            self._close_block(self._syntax.end, is_whole=True)
-        elif self._where == "reasoning":
+    def _move(self, where: str) -> bool:
+        """The text goes on in another state, unless the reasoning only spoke of calls and goes on itself."""
+        if self._where == "tool" and not self._close_block(self._syntax.end, is_whole=True):
+            self._where = "reasoning"
+            return False
+        if self._where == "reasoning":
             self._visible.after_reasoning()
-        self._where = where
+        self._before_block, self._where = self._where, where
         if where == "tool":
             if self._bare is not None:
                 self._show(self._bare.close())
                 self._tell_calls()
             self._block = CallBlock(self._syntax, self._sink, self._tools)
+        return True
 
     def _route(self, piece: str) -> None:
         if not piece or self.stop_sequence is not None:
@@ -175,12 +191,19 @@ class AnswerDecoder:
         else:
             self._unshown.append(piece)
 
-    def _close_block(self, ending: str, *, is_whole: bool) -> None:
-        if self._block is not None:
-            rest = self._block.close(ending, is_whole=is_whole)
-            self._block = None
-            self._tell_calls()
+    def _close_block(self, ending: str, *, is_whole: bool) -> bool:
+        """End the block, if one is open; False where it was no call but part of the reasoning."""
+        if self._block is None:
+            return True
+        rest = self._block.close(ending, is_whole=is_whole)
+        was_call = self._block.has_calls
+        self._block = None
+        self._tell_calls()
+        if was_call or self._before_block != "reasoning":
             self._show(rest)
+            return True
+        self._add(ReasoningDelta, rest)
+        return False
 
     def _show(self, text: str) -> None:
         self._add(TextDelta, self._visible.feed(text) if text else "")

@@ -106,7 +106,8 @@ def test_broken_calls_never_raise_and_never_leave_an_open_or_invalid_one(family,
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(max_size=60), family=st.sampled_from(FAMILIES))
+# mlx-lm's byte-level detokenizer gets the byte 0 wrong (0.32), so it is left out.
+@given(text=st.text(st.characters(exclude_characters="\0"), max_size=60), family=st.sampled_from(FAMILIES))
 def test_text_without_markers_comes_through_whole(text, family):
     # Byte tokens drop a space at the very beginning, as mlx-lm's detokenizer does.
     text = "x" + text.encode("utf-8", "replace").decode()

@@ -5,7 +5,7 @@ from support_answers import TOOLS, calls, decoded, reasoning, texts, wrapper
 from support_calls import JSON_CALLS
 
 from mlx_optiq_ext.engine.decode import AnswerDecoder
-from mlx_optiq_ext.types.chat import Generation
+from mlx_optiq_ext.types.chat import Generation, Message, Text
 from mlx_optiq_ext.types.events import ReasoningDelta, TextDelta, TokenLogprob
 
 PLAIN = wrapper()
@@ -126,3 +126,24 @@ def test_a_header_that_was_all_of_the_answer_is_shown():
     }
     assert texts(decoded("to=user<|message|>Yes.<|eom|>", wrapped)) == "Yes."
     assert texts(decoded("Yes.", wrapped)) == "Yes."
+
+
+def test_reasoning_that_speaks_of_calls_goes_on_as_reasoning():
+    said = "I write <tool_call>name</tool_call> here."
+    answer = f"<think>{said}</think>Yes."
+    events = decoded(answer, THINKING)
+    assert (reasoning(events), texts(events), calls(events)) == (said, "Yes.", [])
+    cut = decoded("<think>I write <tool_call>na", THINKING, reason="length")
+    assert (reasoning(cut), texts(cut)) == ("I write <tool_call>na", "")
+
+
+def test_half_an_end_marker_behind_a_call_is_not_shown():
+    events = decoded(f"<tool_call>{JSON_CALLS[0]}</tool_c", THINKING, reason="length")
+    assert (len(calls(events)), texts(events)) == (1, "")
+
+
+def test_an_answer_that_continues_a_text_keeps_its_first_space():
+    begun = Message(role="assistant", parts=(Text(text="It is"),))
+    for request in (Generation(prompt="It is"), Generation(messages=(begun,))):
+        assert texts(decoded(" 18.", PLAIN, request)) == " 18."
+    assert texts(decoded(" 18.", PLAIN, Generation())) == "18."

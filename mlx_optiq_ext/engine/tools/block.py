@@ -55,9 +55,19 @@ class CallBlock:
         self._reader: CallReader | None = None
         self._raw: list[str] = []
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether a call has begun."""
+        return self._sink.num_calls > self._first
+
+    @property
+    def has_ended_calls(self) -> bool:
+        """Whether calls have begun and all of them ended."""
+        return self.has_calls and not self._sink.is_open
+
     def feed(self, text: str) -> None:
         """Read on."""
-        if self._sink.num_calls == self._first:
+        if not self.has_calls:
             self._raw.append(text)
         if self._reader is None:
             text = "".join(self._raw)
@@ -75,7 +85,7 @@ class CallBlock:
             Text that is no call and has to be shown; with its markers where there was no call at all.
         """
         rest = self._reader.close() if self._reader is not None else ""
-        if self._sink.num_calls > self._first:
+        if self.has_calls:
             for marker in HEADERS[self._syntax.family].skipped if self._syntax.family in HEADERS else ():
                 rest = rest.replace(marker, "")
             return rest if rest.strip(_NOISE) else ""
