@@ -4,7 +4,6 @@ from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
-from mlx_optiq_ext import __version__
 from mlx_optiq_ext.serve.anthropic.routes import router as anthropic
 from mlx_optiq_ext.serve.auth import Doors
 from mlx_optiq_ext.serve.control.routes import router as control
@@ -43,7 +42,7 @@ def create_app(engine: Engine, options: ServeOptions, api_key: str | None) -> Li
         state=serving.state(),
         request_max_body_size=parse_nbytes(options.max_body, flag="--max-body"),
         openapi_config=OpenAPIConfig(
-            title="optiq", version=__version__, path="/schema", render_plugins=_PLAIN
+            title="optiq", version=engine.status().version, path="/schema", render_plugins=_PLAIN
         ),
         # Logging is the caller's: Litestar would configure it for the whole process.
         logging_config=None,
