@@ -10,8 +10,9 @@ from support_http import client_of, events_of
 
 from mlx_optiq_ext.errors import EngineStopped, QueueFull
 from mlx_optiq_ext.serve.app import create_app
+from mlx_optiq_ext.types.port import LogLine
 from mlx_optiq_ext.types.serve import ServeOptions
-from mlx_optiq_ext.types.status import EngineStatus, LatencySum, LayerBytes, RowStatus
+from mlx_optiq_ext.types.status import LatencySum, LayerBytes, RowStatus
 
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -133,11 +134,11 @@ def test_a_busy_server_says_when_to_ask_again(error: Exception, status: int, ret
 
 def test_an_unexpected_error_is_500_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(FakeEngine):
-        def status(self) -> EngineStatus:
+        def log_lines(self, after: int = 0) -> tuple[LogLine, ...]:
             raise ValueError("/home/someone/secret")
 
     with client_of(Broken()) as client:
-        answered = client.get("/v1/models")
+        answered = client.get("/optiq/log")
     assert answered.status_code == 500
     assert "secret" not in answered.text
     assert "secret" in caplog.text
