@@ -29,6 +29,8 @@ __all__ = ["Constrainer"]
 
 _KEPT = 32
 """Compiled grammars that are kept: agents send the same tools again and again."""
+_NO_SCHEMA = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+"""What reading a schema raises that is none."""
 _QUOTED = re.compile(r"\s*\d+ \|")
 
 
@@ -60,7 +62,7 @@ class Constrainer:
         banned: tuple[int, ...] = ()
         grammar = None
         if form is not None:
-            grammar = answer_grammar(form, self._family, self._markers, self._envelope)
+            grammar = self._grammar(form, request)
         elif any(token in marker for token in self._markers):
             banned = tuple(self._tokenizer.encode(marker, add_special_tokens=False))
         elif marker:
@@ -101,6 +103,12 @@ class Constrainer:
             budget=budget,
         )
 
+    def _grammar(self, form: AnswerForm, request: Generation) -> str:
+        try:
+            return answer_grammar(form, self._family, self._markers, self._envelope)
+        except _NO_SCHEMA as error:
+            raise self._refusal(f"a schema is malformed ({error})", request) from error
+
     def _matcher(self, grammar: str, request: Generation) -> Any:
         """A matcher of its own, from a compiled one."""
         found = self._compiled.get(grammar)
@@ -124,13 +132,15 @@ class Constrainer:
                     f"this {constraint.kind} cannot be enforced: {reason}", param="response_format"
                 )
         for index, tool in enumerate(request.tools):
-            reason = self._reason(answer_grammar(AnswerForm(tools=(tool,)), self._family, self._markers))
+            # As JSON in any family: what is wrong is said in the schema's own words.
+            reason = self._reason(answer_grammar(AnswerForm(tools=(tool,)), "json_tools", {}))
             if reason:
                 return RequestError(
                     f"the parameters of tool {tool.name!r} cannot be enforced: {reason}",
                     param=f"tools[{index}]",
                 )
-        return RequestError(f"the answer cannot be constrained: {_shortened(error)}")
+        param = "tools" if request.tools else "response_format"
+        return RequestError(f"the answer cannot be constrained: {_shortened(error)}", param=param)
 
     def _reason(self, grammar: str) -> str:
         """What is wrong with a grammar; empty where nothing is."""

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from support_grammars import (
     FAMILIES,
+    VOCAB,
     calls_in,
     draw,
     family_tokenizer,
     matcher_of,
 )
 
-from mlx_optiq_ext.engine.grammars.answer import AnswerForm
+from mlx_optiq_ext.engine.grammars.answer import AnswerForm, without
+from mlx_optiq_ext.engine.vocabulary import grammar_tokenizer, llguidance
 from mlx_optiq_ext.types.chat import Constraint, ToolSpec
 
 _WEATHER = ToolSpec(
@@ -172,6 +174,31 @@ def test_with_a_constraint_and_tools_the_answer_is_either() -> None:
     assert not _allows(form, '<tool_call>{"name": "other", "arguments": {}}</tool_call>')
 
 
+def test_integers_come_to_an_end() -> None:
+    properties = {
+        "n": {"type": "integer"},
+        "maybe": {"type": ["integer", "null"]},
+        "of": {"const": {"type": "integer"}},
+    }
+    form = AnswerForm(constraint=Constraint(kind="json_schema", value={"properties": properties}))
+    assert _allows(form, '{"n": 8999999999999999999, "maybe": -12, "of": {"type": "integer"}}')
+    assert _allows(form, '{"maybe": null}')
+    assert not _allows(form, '{"n": 11111111111111111111}')
+    assert not _allows(form, '{"maybe": 11111111111111111111}')
+
+
+def test_free_text_without_a_marker_may_hold_other_markers() -> None:
+    tokenizer = family_tokenizer(None, markers=["<x>", "<y>", "<z>"])
+    x, y = tokenizer.convert_tokens_to_ids(["<x>", "<y>"])
+    lexicon = grammar_tokenizer(tokenizer, VOCAB)
+
+    def read(text: str) -> int:
+        matcher = llguidance().LLMatcher(lexicon, without("<call", [x, y]), log_level=0)
+        return int(matcher.try_consume_tokens(tokenizer.encode(text, add_special_tokens=False)))
+
+    assert (read("a<x><y>b <cal"), read("<call"), read("a<z>")) == (9, 4, 1)
+
+
 def test_json_is_never_spaced_out_for_ever() -> None:
     form = AnswerForm(constraint=Constraint(kind="json_object"))
     assert _allows(form, '{\n    "a":\n 1}')
@@ -188,6 +215,12 @@ def test_markers_of_the_family_are_never_part_of_a_value() -> None:
     for marker in ("<tool_call>", "</tool_call>", "</think>", "</s>"):
         assert not bits[tokenizer.convert_tokens_to_ids(marker)], marker
     assert bits[tokenizer.encode("<")[0]]
+
+
+def test_a_line_break_behind_a_call_asks_for_no_other_one() -> None:
+    form = AnswerForm(tools=(_NOTHING,))
+    assert _allows(form, '<tool_call>{"name": "noop", "arguments": {}}</tool_call>\n')
+    assert _allows(form, "<tool_call>noop</tool_call>\n", "glm47")
 
 
 def test_arguments_that_a_schema_does_not_list_are_free_in_name_and_value() -> None:

@@ -14,6 +14,11 @@ ANYTHING = r"/(?s:.*)/"
 """Any text without markers."""
 _WHITESPACE = r"[ \n]{1,32}"
 """Between tokens of JSON: bounded, for a model that likes spaces must not go on with them for ever."""
+_LARGEST = 9 * 10**18
+"""Of integers without bounds of their own, for the same reason; what 64 bits hold, within a rounding."""
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"}
+_DATA = {"enum", "const", "default", "examples"}
+"""Keywords whose values are no schemas."""
 
 
 class Grammar:
@@ -70,8 +75,7 @@ class Grammar:
             schema: JSON schema.
             options: llguidance's compile options beside those that are always set.
         """
-        if schema is True:
-            schema = {}
+        schema = {} if schema is True else _bounded(schema)
         if isinstance(schema, dict):
             schema = {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, **options}}
         return self.rule(f"%json {json.dumps(schema)}")
@@ -99,6 +103,20 @@ class Grammar:
             start: What the answer is.
         """
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules]) + "\n"
+
+
+def _bounded(schema: Any) -> Any:
+    """A schema whose integers have an end."""
+    if isinstance(schema, list):
+        return [_bounded(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {name: value if name in _DATA else _bounded(value) for name, value in schema.items()}
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    if "integer" in kinds and "number" not in kinds and not _BOUNDS & set(schema):
+        inner |= {"minimum": -_LARGEST, "maximum": _LARGEST}
+    return inner
 
 
 def one_of(options: Sequence[str]) -> str:
