@@ -14,7 +14,18 @@ from jinja2 import TemplateError
 
 from mlx_optiq_ext.measure.records import Record
 
-__all__ = ["FORM_NOTES", "Form", "Rendered", "render_record"]
+__all__ = [
+    "FORM_NOTES",
+    "Form",
+    "Message",
+    "Rendered",
+    "apply_template",
+    "encode_text",
+    "has_template",
+    "holds_everything",
+    "render_record",
+    "with_parsed_arguments",
+]
 
 Form = Literal["text", "template", "tools_as_text", "system_in_user", "plain"]
 
@@ -66,10 +77,10 @@ def render_record(tokenizer: Any, record: Record) -> Rendered:
         output gets none, since templates write their own.
     """
     if record.text is not None:
-        return Rendered(tokens=_encode(tokenizer, record.text, add_special_tokens=True), form="text")
-    messages = [_with_parsed_arguments(message) for message in record.messages or ()]
+        return Rendered(tokens=encode_text(tokenizer, record.text, add_special_tokens=True), form="text")
+    messages = [with_parsed_arguments(message) for message in record.messages or ()]
     tools = list(record.tools or ()) or None
-    if _has_template(tokenizer):
+    if has_template(tokenizer):
         forms: list[tuple[Form, list[Message], list[dict[str, Any]] | None]] = [("template", messages, tools)]
         written = messages
         if tools or any(_is_tool_turn(message) for message in messages):
@@ -77,21 +88,21 @@ def render_record(tokenizer: Any, record: Record) -> Rendered:
             forms.append(("tools_as_text", written, None))
         forms.append(("system_in_user", _merge_turns(written), None))
         for form, turns, offered in forms:
-            text = _apply_template(tokenizer, turns, offered)
-            if text is not None and _holds_everything(text, turns, offered):
-                return Rendered(tokens=_encode(tokenizer, text, add_special_tokens=False), form=form)
+            text = apply_template(tokenizer, turns, offered)
+            if text is not None and holds_everything(text, turns, offered):
+                return Rendered(tokens=encode_text(tokenizer, text, add_special_tokens=False), form=form)
     plain = "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in _tools_as_text(messages, tools))
-    return Rendered(tokens=_encode(tokenizer, plain, add_special_tokens=True), form="plain")
+    return Rendered(tokens=encode_text(tokenizer, plain, add_special_tokens=True), form="plain")
 
 
-def _encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
     """Token ids of a whole document; windows are cut from it later, so its length is no mistake."""
     # transformers warns of every text above model_max_length unless it is told not to.
     quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, **quiet))
 
 
-def _has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: Any) -> bool:
     """Whether the tokenizer can render a conversation at all."""
     if not hasattr(tokenizer, "apply_chat_template"):
         return False
@@ -99,14 +110,26 @@ def _has_template(tokenizer: Any) -> bool:
     return bool(known) if known is not None else getattr(tokenizer, "chat_template", None) is not None
 
 
-def _apply_template(
-    tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None
+def apply_template(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    *,
+    add_generation_prompt: bool = False,
 ) -> str | None:
-    """Rendered conversation, or None where the template refuses it."""
+    """Rendered conversation, or None where the template refuses it.
+
+    Args:
+        tokenizer: See :func:`render_record`.
+        messages: From :func:`with_parsed_arguments`.
+        tools: What may be called, in OpenAI form.
+        add_generation_prompt: End with what stands before the assistant's next answer.
+    """
+    keywords: dict[str, Any] = _fixed_date(tokenizer, tools)
+    if add_generation_prompt:
+        keywords["add_generation_prompt"] = True
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, **_fixed_date(tokenizer, tools)
-        )
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **keywords)
     except _REFUSALS:
         return None
     return text if isinstance(text, str) else None
@@ -124,7 +147,7 @@ def _fixed_date(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str,
     return {"chat_template": _DATE_MACRO + template} if dated else {}
 
 
-def _holds_everything(
+def holds_everything(
     text: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
 ) -> bool:
     """Whether the text shows every turn, call and tool; some templates drop what they do not know."""
@@ -141,7 +164,7 @@ def _holds_everything(
     return all(tool.get("function", tool).get("name", "") in text for tool in tools or ())
 
 
-def _with_parsed_arguments(message: Message) -> Message:
+def with_parsed_arguments(message: Message) -> Message:
     """The message with call arguments as objects, which templates expect, and content always a text."""
     calls = []
     for call in message.get("tool_calls") or ():
