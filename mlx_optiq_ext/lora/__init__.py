@@ -1,0 +1,1 @@
+"""Low-rank adapters: ranks from measurements, training, files, merging and fusing."""

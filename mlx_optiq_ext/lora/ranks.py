@@ -1,0 +1,196 @@
+"""The rank of every adapted module: by sensitivity, by bits, or the same for all.
+
+Decides from shapes, stored bits and measurements; changes no model. Called by ``optiq lora train`` and by the
+extension of ``mlx_lm.lora``.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.nn as nn
+
+from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
+from mlx_optiq_ext.lora.spectrum import Spectrum, noise_spectrum, shares
+from mlx_optiq_ext.lora.targets import select_targets
+from mlx_optiq_ext.types.adapter import AdapterOptions, LoraTarget, RankMap, RankScaling
+from mlx_optiq_ext.types.quant import Choice, Probe, SensitivityTable
+
+__all__ = ["plan_ranks", "rank_by_bits"]
+
+_BITS_REMARK = (
+    "by_bits gives more rank to modules with more bits, hence with less quantization error; at equal "
+    "parameters it undoes less of that error than a constant rank (docs/lora.md)"
+)
+_NOISE_REMARK = (
+    "no original weights: the spectrum of each error is taken to be that of independent rounding errors of "
+    "its shape; --original measures it"
+)
+
+
+def plan_ranks(
+    model: nn.Module,
+    options: AdapterOptions,
+    *,
+    table: SensitivityTable | None = None,
+    spectra: Mapping[str, Spectrum] | None = None,
+) -> RankMap:
+    """Decide the rank of every target.
+
+    by_sensitivity takes, one rank at a time, what removes most estimated divergence per parameter, until the
+    parameters of the constant rank (or ``max_parameters``) are spent; no module gets less than 1.
+
+    Args:
+        model: The base, without adapters.
+        options: Targets, rank, rule and ceiling.
+        table: Sensitivities of the base's original; by_sensitivity needs it.
+        spectra: Measured spectra of the errors by path (``residual.measure_spectra``); paths without one get
+            that of independent errors.
+    Raises:
+        UsageError: The rule lacks what it needs, or no module is named.
+        BudgetInfeasible: The ceiling does not hold the least ranks.
+    """
+    targets = select_targets(model, options)
+    harm = _harm(targets, table) if table is not None else {}
+    scaling, notes = _scaling(options, table, harm)
+    if scaling == "by_sensitivity":
+        ceiling = options.max_parameters or _total(targets, lambda _: options.rank)
+        potential = {
+            t.path: harm[t.path] * shares(_spectrum(t, spectra or {})) for t in targets if t.path in harm
+        }
+        ranks = _fill(targets, potential, ceiling)
+        measured = sum(t.path in (spectra or {}) for t in targets)
+        return RankMap(
+            ranks=ranks,
+            targets=targets,
+            scaling=scaling,
+            rank=options.rank,
+            max_parameters=ceiling,
+            gains={path: float(gain[: ranks[path]].sum()) for path, gain in potential.items()},
+            sensitivities=harm,
+            notes=(*notes, *(() if measured else (_NOISE_REMARK,))),
+        )
+    rule: Callable[[LoraTarget, float], int] = (
+        (lambda target, rank: rank_by_bits(target.choice, rank))
+        if scaling == "by_bits"
+        else (lambda _, rank: max(1, math.floor(rank)))
+    )
+    rank = _largest(targets, rule, options) if options.max_parameters is not None else float(options.rank)
+    return RankMap(
+        ranks={target.path: min(rule(target, rank), target.max_rank) for target in targets},
+        targets=targets,
+        scaling=scaling,
+        rank=options.rank,
+        max_parameters=options.max_parameters,
+        sensitivities=harm,
+        notes=(*notes, *((_BITS_REMARK,) if scaling == "by_bits" else ())),
+    )
+
+
+def rank_by_bits(choice: Choice | None, rank: float) -> int:
+    """The published rule, max(2, ⌈rank · bits / 4⌉); what is not quantized counts as 4 bits."""
+    bits = 4 if choice is None else choice.bits
+    return max(2, math.ceil(rank * bits / 4))
+
+
+def _scaling(
+    options: AdapterOptions, table: SensitivityTable | None, harm: Mapping[str, float]
+) -> tuple[RankScaling, tuple[str, ...]]:
+    """The rule, and why it is that one where nobody asked for it."""
+    wanted = options.rank_scaling
+    if wanted not in (None, "by_sensitivity"):
+        return wanted, ()
+    reason = ""
+    if table is None:
+        reason = (
+            "no sensitivity file of the base is at hand (optiq measure makes one, --sensitivity names it)"
+        )
+    elif not any(harm.values()):
+        reason = "the sensitivity file knows no error of these modules (not quantized, or another model's)"
+    if not reason:
+        return "by_sensitivity", ()
+    if wanted is not None:
+        raise UsageError(f"--rank-scaling by_sensitivity: {reason}; use --rank-scaling constant otherwise")
+    return "constant", (f"constant rank: {reason}",)
+
+
+def _harm(targets: Sequence[LoraTarget], table: SensitivityTable) -> dict[str, float]:
+    """Divergence that the storage of each target causes, nats per token, as far as the table knows it."""
+    probes: dict[str, list[Probe]] = {}
+    for probe in table.probes:
+        if probe.choice.mode != "keep":
+            probes.setdefault(probe.path, []).append(probe)
+    units = {path: unit for unit in table.units for path in unit.paths}
+    harm: dict[str, float] = {}
+    for target in targets:
+        unit = units.get(target.path)
+        if target.choice is None or unit is None or unit.path not in probes:
+            continue
+        harm[target.path] = _divergence(probes[unit.path], target.choice) / len(unit.paths)
+    return harm
+
+
+def _divergence(probes: Sequence[Probe], choice: Choice) -> float:
+    """Of a choice: measured, or that of the nearest one with a quarter of the error per bit."""
+    nearest = min(probes, key=lambda p: (p.choice != choice, abs(p.choice.bpw() - choice.bpw()), p.choice))
+    between = 0.0 if nearest.choice == choice else choice.bpw() - nearest.choice.bpw()
+    return float(max(nearest.divergence, 0.0) * 4.0**-between)
+
+
+def _spectrum(target: LoraTarget, spectra: Mapping[str, Spectrum]) -> Spectrum:
+    found = spectra.get(target.path)
+    return noise_spectrum(target.inputs, target.outputs) if found is None else found
+
+
+def _fill(targets: Sequence[LoraTarget], potential: Mapping[str, Spectrum], ceiling: int) -> dict[str, int]:
+    """Greedy over ranks, which is exact up to the last one: what each rank removes only falls."""
+    ranks = {target.path: 1 for target in targets}
+    left = ceiling - sum(target.parameters_per_rank for target in targets)
+    if left < 0:
+        raise _too_small(ceiling, ceiling - left, 1)
+    by_path = {target.path: target for target in targets}
+    heap: list[tuple[float, int, str]] = []
+
+    def offer(order: int, path: str) -> None:
+        target, rank = by_path[path], ranks[path]
+        if rank < min(target.max_rank, len(potential[path])) and potential[path][rank] > 0:
+            heapq.heappush(heap, (-float(potential[path][rank]) / target.parameters_per_rank, order, path))
+
+    for order, path in enumerate(potential):
+        offer(order, path)
+    while heap:
+        _, order, path = heapq.heappop(heap)
+        cost = by_path[path].parameters_per_rank
+        if cost <= left:
+            left -= cost
+            ranks[path] += 1
+            offer(order, path)
+    return ranks
+
+
+def _total(targets: Sequence[LoraTarget], rank_of: Callable[[LoraTarget], int]) -> int:
+    return sum(min(rank_of(target), target.max_rank) * target.parameters_per_rank for target in targets)
+
+
+def _largest(
+    targets: Sequence[LoraTarget], rule: Callable[[LoraTarget, float], int], options: AdapterOptions
+) -> float:
+    """The largest rank at which a rule keeps the ceiling."""
+    ceiling = options.max_parameters
+    assert ceiling is not None
+    low, high = 0.0, 2.0 * max(target.max_rank for target in targets) + 4.0
+    least = _total(targets, lambda target: rule(target, low))
+    if least > ceiling:
+        raise _too_small(ceiling, least, min(rule(target, low) for target in targets))
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = _total(targets, lambda target: rule(target, middle)) <= ceiling  # noqa: B023 - called at once
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def _too_small(ceiling: int, least: int, rank: int) -> BudgetInfeasible:
+    return BudgetInfeasible(
+        f"--max-parameters {ceiling:,} is below rank {rank} everywhere ({least:,}); raise it, or adapt fewer "
+        "modules with --targets, --adapt or --num-blocks"
+    )
