@@ -199,6 +199,7 @@ class Batch:
         """One row's token; what goes wrong in its own text ends that row alone."""
         job = self.rows[answer.uid]
         try:
+            job.guard.check(answer.token, answer.logprobs)
             if job.guard.error is not None:
                 raise job.guard.error
             self._token(job, answer)

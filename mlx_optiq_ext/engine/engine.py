@@ -16,7 +16,6 @@ from typing import TypeVar
 import mlx.core as mx
 from msgspec.structs import replace
 
-from mlx_optiq_ext.engine.counters import Counters
 from mlx_optiq_ext.engine.embed import embed
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.log_ring import LogRing
@@ -67,15 +66,13 @@ class LocalEngine:
         self._options = options
         self._names = ModelNames(self._specs, options.alias, strict=options.strict_names)
         self._on_fatal = on_fatal
-        self._counters = Counters()
         limit = parse_nbytes(options.memory, flag="--memory") if options.memory else default_limit_nbytes()
         prefixes = build_prefix_cache(options, limit)
         self._owner = Owner(
             options,
             limit,
             prefixes,
-            counters=self._counters,
-            progress=progress,
+            progress,
             on_tick=self._tick,
             on_fatal=self._fail,
         )
@@ -157,7 +154,9 @@ class LocalEngine:
 
     def status(self) -> EngineStatus:
         """See :meth:`.Engine.status`."""
-        return replace(self._status, state=self._state(), uptime_s=time.monotonic() - self._counters.started)
+        return replace(
+            self._status, state=self._state(), uptime_s=time.monotonic() - self._owner.counters.started
+        )
 
     def load(self, model: str) -> "Future[None]":
         """See :meth:`.Engine.load`."""

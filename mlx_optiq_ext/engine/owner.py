@@ -41,7 +41,6 @@ class Owner:
         options: Of the server.
         limit_nbytes: Ceiling of weights, caches and activations.
         prefixes: The prefix cache.
-        counters: What is counted.
         progress: Of loading.
         on_tick: Called on this thread after every round: the engine takes its snapshot.
         on_fatal: Called once, when the engine cannot go on.
@@ -52,8 +51,6 @@ class Owner:
         options: ServeOptions,
         limit_nbytes: int,
         prefixes: PrefixCache,
-        *,
-        counters: Counters,
         progress: ProgressSink,
         on_tick: Callable[[], None],
         on_fatal: Callable[[Exception], None],
@@ -61,7 +58,7 @@ class Owner:
         self.options = options
         self.limit_nbytes = limit_nbytes
         self.prefixes = prefixes
-        self.counters = counters
+        self.counters = Counters()
         self.models = Residents(options, limit_nbytes, progress, self._closed)
         self.batches: dict[str, Batch] = {}
         self.waiting: FairQueue[Job] = FairQueue()
