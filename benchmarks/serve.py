@@ -3,10 +3,11 @@
     python benchmarks/serve.py MODEL [--rounds 3] [--json FILE]
 
 MODEL is a folder; on a CPU give one in float32, for stock mlx-lm computes in the type that is stored.
-Reports, stock and ours: seconds to the first token of a prompt whose 4,000 first tokens are new, and of one
-whose first 4,000 tokens another session sent before; tokens per second over 1, 4 and 16 streams; seconds that
-a short request takes after a client left (streaming or not), beside the same on an idle server; growth of the
-process's memory over 500 requests. Only ratios mean anything on a shared machine.
+Reports, stock and ours: seconds to the first token of a prompt whose 4,000 first tokens are new, of one whose
+first 4,000 tokens another session sent, and of one that a client left half-way and sends again; seconds
+until four sessions have answers to prompts with one new prefix; tokens per second over 1, 4 and 16 streams;
+seconds that a short request takes after a client left (streaming or not), beside the same on an idle server;
+growth of the process's memory over 500 requests. Only ratios mean anything on a shared machine.
 """
 
 import argparse
@@ -26,6 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+STOCK = (
+    "from mlx_optiq_ext.blas import preload_blas; preload_blas(); from mlx_lm import server; server.main()"
+)
+"""Stock code, with the fast BLAS that ours finds by itself: the comparison is of servers."""
 STREAMS = (1, 4, 16)
 PREFIX_WORDS = 3000
 """About 4,000 tokens of made-up words."""
@@ -113,6 +118,29 @@ def first_token(server: Server, name: str) -> dict[str, float]:
     return {"first token, new prefix": cold, "first token, shared prefix": statistics.median(warm)}
 
 
+def together(server: Server, name: str) -> dict[str, float]:
+    """Four sessions of one agent begin at once."""
+    prefix = text(PREFIX_WORDS, f"{name} together")
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.ask, f"{prefix}\nSession {k}: what is it?", 4) for k in range(4)]
+        for each in asked:
+            each.result()
+    return {"four answers, one new prefix": time.monotonic() - began}
+
+
+def asked_again(server: Server, name: str) -> dict[str, float]:
+    """A client leaves a long prompt half-way and sends it again, as agents do."""
+    prompt = text(PREFIX_WORDS, f"{name} again")
+    cold = server.ask(text(PREFIX_WORDS, f"{name} before") + "\nWhy?", 4)[0]
+    connection = server.open(prompt + "\nWhy?", 400, stream=True)
+    time.sleep(0.6 * cold)
+    assert connection.sock is not None
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    return {"first token, asked again after leaving": server.ask(prompt + "\nWhy?", 4)[0]}
+
+
 def throughput(server: Server, name: str) -> dict[str, float]:
     rates = {}
     for streams in STREAMS:
@@ -155,7 +183,7 @@ def growth(server: Server, requests: int) -> dict[str, float]:
 def servers(model: str, folder: Path) -> Iterator[list[Server]]:
     ports = [_free_port(), _free_port()]
     commands = {
-        "stock": [sys.executable, "-m", "mlx_lm", "server", "--model", model, "--port", str(ports[0])],
+        "stock": [sys.executable, "-c", STOCK, "--model", model, "--port", str(ports[0])],
         "ours": [
             *(sys.executable, "-m", "mlx_optiq_ext", "serve", "--model", model, "--port", str(ports[1])),
             *("--prompt-cache", "1GB"),
@@ -188,7 +216,7 @@ def main() -> None:
     seen: dict[str, dict[str, list[float]]] = {"stock": {}, "ours": {}}
     with tempfile.TemporaryDirectory() as folder, servers(args.model, Path(folder)) as running:
         for each in range(args.rounds):
-            for measure in (first_token, throughput, after_leaving):
+            for measure in (first_token, together, asked_again, throughput, after_leaving):
                 for server in running if each % 2 else running[::-1]:
                     for name, value in measure(server, f"round {each}").items():
                         seen[server.name].setdefault(name, []).append(value)
