@@ -24,7 +24,7 @@ from mlx_optiq_ext.quant.pack import Packed, unpack
 from mlx_optiq_ext.types.adapter import LoraTarget, RankMap
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
 
-__all__ = ["QuantizationErrors"]
+__all__ = ["QuantizationErrors", "input_moments_of"]
 
 Floats = npt.NDArray[np.float32]
 _LEAST_SHARE = 1e-4
@@ -52,7 +52,7 @@ class QuantizationErrors:
         self._original = original
         for path, target in self._targets.items():
             _check_same(path, target, original)
-        self._moments = _input_moments(model, tokens, self._base)
+        self._moments = input_moments_of(model, tokens, self._base)
 
     def spectra(self, progress: ProgressSink = ignore_progress) -> dict[str, Spectrum]:
         """Spectrum of every weighted error by path.
@@ -128,7 +128,9 @@ def _check_same(path: str, target: LoraTarget, original: nn.Module) -> None:
         )
 
 
-def _input_moments(model: nn.Module, tokens: mx.array, modules: Mapping[str, nn.Module]) -> dict[str, Floats]:
+def input_moments_of(
+    model: nn.Module, tokens: mx.array, modules: Mapping[str, nn.Module]
+) -> dict[str, Floats]:
     """Mean square of every input: (I,); of experts (E, I), times the share of tokens that each gets."""
     paths = {id(module): path for path, module in modules.items()}
     sums: dict[str, mx.array] = {}
