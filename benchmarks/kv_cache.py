@@ -25,7 +25,6 @@ from msgspec.structs import replace  # noqa: E402
 from mlx_optiq_ext import __version__  # noqa: E402
 from mlx_optiq_ext.convert.kv_cache import plan_cache  # noqa: E402
 from mlx_optiq_ext.eval.kv_score import NamedConfig, score_caches  # noqa: E402
-from mlx_optiq_ext.eval.prepare import make_exact  # noqa: E402
 from mlx_optiq_ext.hub.resolve import resolve_model  # noqa: E402
 from mlx_optiq_ext.kv.observe import observe  # noqa: E402
 from mlx_optiq_ext.measure.intervals import estimate_mean  # noqa: E402
@@ -33,6 +32,7 @@ from mlx_optiq_ext.measure.records import read_records  # noqa: E402
 from mlx_optiq_ext.measure.sessions import load_sessions  # noqa: E402
 from mlx_optiq_ext.models.load import load_model, load_tokenizer  # noqa: E402
 from mlx_optiq_ext.patches.registry import activate  # noqa: E402
+from mlx_optiq_ext.quant.exact import make_exact  # noqa: E402
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer, KVSensitivity  # noqa: E402
 from mlx_optiq_ext.types.options import KVCacheOptions  # noqa: E402
 from mlx_optiq_ext.types.quant import Choice  # noqa: E402

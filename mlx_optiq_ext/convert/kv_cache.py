@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.convert.kv_accept import accept, compare_candidates, estimate_note, loss_notes
 from mlx_optiq_ext.errors import MeasurementError, UsageError
-from mlx_optiq_ext.eval.prepare import make_exact, parameter_nbytes
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.allocate import (
     CacheCandidate,
@@ -38,6 +37,7 @@ from mlx_optiq_ext.kv.sensitivity import (
 from mlx_optiq_ext.measure.records import Split
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions, prefix_lengths
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
+from mlx_optiq_ext.quant.exact import make_exact, parameter_nbytes
 from mlx_optiq_ext.types.figures import FEWEST_WINDOWS
 from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity, KVTensor
 from mlx_optiq_ext.types.model import ModelRef

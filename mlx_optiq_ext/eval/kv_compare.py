@@ -17,7 +17,6 @@ from mlx_optiq_ext.errors import MeasurementError, UsageError
 from mlx_optiq_ext.eval.kv_score import CacheNumbers, NamedConfig, score_caches
 from mlx_optiq_ext.eval.logits import LogitCache
 from mlx_optiq_ext.eval.needle import FULL, Haystack, check_needles, needle_notes
-from mlx_optiq_ext.eval.prepare import make_exact
 from mlx_optiq_ext.eval.score import model_name, require_same_tokens
 from mlx_optiq_ext.formats.kv_config import read_kv_config
 from mlx_optiq_ext.hub.fingerprint import other_weights
@@ -28,6 +27,7 @@ from mlx_optiq_ext.kv.observe import CacheMap, observe
 from mlx_optiq_ext.measure.intervals import estimate_mean
 from mlx_optiq_ext.measure.sessions import Sessions, load_sessions, prefix_lengths
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
+from mlx_optiq_ext.quant.exact import make_exact
 from mlx_optiq_ext.types.figures import FEWEST_WINDOWS
 from mlx_optiq_ext.types.kv import (
     KVConfig,

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
 from mlx_optiq_ext.eval.logits import LogitCache, window_logits
-from mlx_optiq_ext.eval.prepare import load_uniform, make_exact, parameter_nbytes
+from mlx_optiq_ext.eval.prepare import load_uniform
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.hub.fingerprint import weights_origin
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
@@ -27,6 +27,7 @@ from mlx_optiq_ext.measure.divergence import kl_divergence, negative_log_likelih
 from mlx_optiq_ext.measure.intervals import by_domain, estimate_mean, paired_ratio
 from mlx_optiq_ext.models.load import load_model, load_tokenizer
 from mlx_optiq_ext.models.walk import total_numel
+from mlx_optiq_ext.quant.exact import make_exact, parameter_nbytes
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ScoreOptions
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress

@@ -15,10 +15,11 @@ from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.errors import FingerprintMismatch, UsageError
 from mlx_optiq_ext.eval import logits as logits_module
 from mlx_optiq_ext.eval.logits import LogitCache, window_logits
-from mlx_optiq_ext.eval.prepare import load_uniform, make_exact, parameter_nbytes, unpack_weights
+from mlx_optiq_ext.eval.prepare import load_uniform
 from mlx_optiq_ext.eval.score import HeldOutScorer, parse_uniform, score
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.formats.score import read_score
+from mlx_optiq_ext.quant.exact import make_exact, parameter_nbytes, unpack_weights
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ScoreOptions
 from mlx_optiq_ext.types.progress import Progress
