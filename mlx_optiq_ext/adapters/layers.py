@@ -1,6 +1,6 @@
 """Layers that add the low-rank residual of each row's adapter to what the base computes.
 
-y = W x + B_s A_s x with s the row's slot (Hu et al. 2021, equation 3; the scale is part of B). Rows of one
+y = W x + x a_s b_s with s the row's slot (Hu et al. 2021, equation 3; the scale is part of b). Rows of one
 adapter cost two small products; rows of several gather theirs from a stack, padded with zeros to the largest
 rank. Rows without adapter add exact zeros. Knows slots, not names or files. Made by ``mount``.
 """
@@ -11,38 +11,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_optiq_ext.adapters.rows import Selection, selection
+from mlx_optiq_ext.lora.factors import Factors, pad_rank
 
 __all__ = [
-    "LowRank",
+    "Factors",
     "RoutedEmbedding",
     "RoutedLayer",
     "RoutedLinear",
     "RoutedSwitchLinear",
     "noting_experts",
 ]
-
-
-class LowRank:
-    """The two factors of one adapter at one layer; the scale is in the second.
-
-    Args:
-        a: (I, r); per expert (E, I, r); of an embedding (V, r).
-        b: (r, O); per expert (E, r, O).
-    """
-
-    def __init__(self, a: mx.array, b: mx.array) -> None:
-        self.a = a
-        self.b = b
-
-    @property
-    def rank(self) -> int:
-        """Columns of ``a``."""
-        return int(self.a.shape[-1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both."""
-        return int(self.a.nbytes + self.b.nbytes)
 
 
 class RoutedLayer(nn.Module):
@@ -55,10 +33,10 @@ class RoutedLayer(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.base = base
-        self._slots: dict[int, LowRank] = {}
+        self._slots: dict[int, Factors] = {}
         self._stack: tuple[dict[int, int], mx.array, mx.array] | None = None
 
-    def put(self, slot: int, residual: LowRank) -> None:
+    def put(self, slot: int, residual: Factors) -> None:
         """Give a slot its residual."""
         self._slots[slot] = residual
         self._stack = None
@@ -69,7 +47,7 @@ class RoutedLayer(nn.Module):
         self._stack = None
         return bool(self._slots)
 
-    def residual_of(self, slot: int) -> LowRank | None:
+    def residual_of(self, slot: int) -> Factors | None:
         """What a slot holds; None where its adapter leaves this layer alone."""
         return self._slots.get(slot)
 
@@ -77,7 +55,7 @@ class RoutedLayer(nn.Module):
         """Place of each slot, and all factors, zeros first: (n+1, …, I, r), (n+1, …, r, O)."""
         if self._stack is None:
             rank = max(residual.rank for residual in self._slots.values())
-            padded = [_padded(residual, rank) for residual in self._slots.values()]
+            padded = [pad_rank(residual, rank) for residual in self._slots.values()]
             a = mx.stack([mx.zeros_like(padded[0][0]), *(each[0] for each in padded)])
             b = mx.stack([mx.zeros_like(padded[0][1]), *(each[1] for each in padded)])
             mx.eval(a, b)
@@ -109,12 +87,12 @@ class RoutedLinear(RoutedLayer):
         only = chosen.only
         if only is not None:
             one = self._slots[only]
-            return (x @ one.a.astype(x.dtype)) @ one.b.astype(x.dtype)
+            return (x @ one.a) @ one.b
         _, a, b = self.stacked()
         rows = mx.array(self.places(chosen).slots, dtype=mx.uint32)
         flat = x.reshape(len(chosen.slots), -1, x.shape[-1])
-        z = mx.gather_mm(flat, a.astype(x.dtype), rhs_indices=rows)
-        z = mx.gather_mm(z, b.astype(x.dtype), rhs_indices=rows)
+        z = mx.gather_mm(flat, a, rhs_indices=rows)
+        z = mx.gather_mm(z, b, rhs_indices=rows)
         return z.reshape(*x.shape[:-1], z.shape[-1])
 
 
@@ -140,8 +118,8 @@ class RoutedEmbedding(RoutedLayer):
             return y
         _, a, b = self.stacked()
         rows = mx.array(self.places(chosen).slots, dtype=mx.uint32)
-        z = mx.gather_mm(x, b.swapaxes(-1, -2).astype(x.dtype), rhs_indices=rows)
-        z = mx.gather_mm(z, a.swapaxes(-1, -2).astype(x.dtype), rhs_indices=rows)
+        z = mx.gather_mm(x, b.swapaxes(-1, -2), rhs_indices=rows)
+        z = mx.gather_mm(z, a.swapaxes(-1, -2), rhs_indices=rows)
         return y + z.astype(y.dtype)
 
 
@@ -163,8 +141,8 @@ class RoutedSwitchLinear(RoutedLayer):
             experts = stacked_a.shape[1]
             a, b = stacked_a.reshape(-1, *stacked_a.shape[2:]), stacked_b.reshape(-1, *stacked_b.shape[2:])
             where = self._rows(indices, self.places(chosen), chosen, sorted_indices) * experts + indices
-        z = mx.gather_mm(x, a.astype(x.dtype), rhs_indices=where)
-        z = mx.gather_mm(z, b.astype(x.dtype), rhs_indices=where)
+        z = mx.gather_mm(x, a, rhs_indices=where)
+        z = mx.gather_mm(z, b, rhs_indices=where)
         return y + z.astype(y.dtype)
 
     def _rows(
@@ -198,11 +176,3 @@ def noting_experts(module: nn.Module) -> None:
 
     Noting.__name__, Noting.__qualname__ = stock.__name__, stock.__qualname__
     module.__class__ = Noting
-
-
-def _padded(residual: LowRank, rank: int) -> tuple[mx.array, mx.array]:
-    """Both factors with zero columns and rows up to ``rank``: the same product."""
-    more = rank - residual.rank
-    a_width = [(0, 0)] * (residual.a.ndim - 1) + [(0, more)]
-    b_width = [(0, 0)] * (residual.b.ndim - 2) + [(0, more), (0, 0)]
-    return mx.pad(residual.a, a_width), mx.pad(residual.b, b_width)

@@ -12,7 +12,6 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_optiq_ext.adapters.layers import (
-    LowRank,
     RoutedEmbedding,
     RoutedLayer,
     RoutedLinear,
@@ -21,6 +20,7 @@ from mlx_optiq_ext.adapters.layers import (
 )
 from mlx_optiq_ext.adapters.rows import BASE
 from mlx_optiq_ext.errors import AdapterError
+from mlx_optiq_ext.lora.factors import Factors
 
 __all__ = ["AdapterMount"]
 
@@ -34,26 +34,27 @@ class AdapterMount:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._modules = dict(model.named_modules())
+        """The model's own, whatever is mounted."""
         self._routed: dict[str, RoutedLayer] = {}
         self._used: dict[int, int] = {}
         """Slot → bytes."""
 
-    def mount(self, residuals: Mapping[str, LowRank]) -> int:
+    def mount(self, residuals: Mapping[str, Factors]) -> int:
         """Give an adapter a slot.
 
         Args:
-            residuals: By path of the layer.
+            residuals: By path of the layer, their scale in ``b``, in the type that the model computes in.
         Raises:
             AdapterError: A path is no layer of this model, a shape does not fit, or a number is not finite;
                 nothing is mounted then.
         """
-        modules = dict(self._model.named_modules())
         for path, residual in residuals.items():
-            _check(path, modules.get(path), residual)
+            _check(path, self._modules.get(path), residual)
         slot = next(k for k in range(BASE + 1, len(self._used) + BASE + 2) if k not in self._used)
         for path, residual in residuals.items():
-            self._route(path, modules).put(slot, residual)
-        self._used[slot] = sum(residual.nbytes for residual in residuals.values())
+            self._route(path).put(slot, residual)
+        self._used[slot] = sum(each.nbytes for residual in residuals.values() for each in residual)
         return slot
 
     def unmount(self, slot: int) -> None:
@@ -70,12 +71,16 @@ class AdapterMount:
         """Bytes of all mounted adapters."""
         return sum(self._used.values())
 
-    def _route(self, path: str, modules: Mapping[str, nn.Module]) -> RoutedLayer:
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        """Path and layer of the model without adapters, as ``Module.named_modules`` lists them."""
+        return list(self._modules.items())
+
+    def _route(self, path: str) -> RoutedLayer:
         known = self._routed.get(path)
         if known is None:
-            known = _routed(modules[path])
+            known = _routed(self._modules[path])
             if isinstance(known, RoutedSwitchLinear):
-                noting_experts(modules[path.rpartition(".")[0]])
+                noting_experts(self._modules[path.rpartition(".")[0]])
             self._set(path, known)
             self._routed[path] = known
         return known
@@ -92,9 +97,7 @@ def _routed(module: nn.Module) -> RoutedLayer:
     return RoutedLinear(module)
 
 
-def _check(path: str, module: nn.Module | None, residual: LowRank) -> None:
-    if isinstance(module, RoutedLayer):
-        module = module.base
+def _check(path: str, module: nn.Module | None, residual: Factors) -> None:
     if module is None or "weight" not in module:
         raise AdapterError(f"the adapter has weights for {path}, which is no layer of this model")
     wanted = _shape(module)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from mlx_lm.generate import BatchGenerator
 
+from mlx_optiq_ext.adapters.rows import BASE, AdapterRow, RoutedModel
 from mlx_optiq_ext.engine.counters import Counters
 from mlx_optiq_ext.engine.decode import AnswerDecoder
 from mlx_optiq_ext.engine.guard import RowGuard
@@ -55,7 +56,7 @@ class Batch:
         self._tokens_per_s = 0.0
         self.rows: dict[int, Job] = {}
         self._generator = BatchGenerator(
-            loaded.model,
+            RoutedModel(loaded.model),
             completion_batch_size=max_rows,
             prefill_batch_size=min(8, max_rows),
             prefill_step_size=prefill_step,
@@ -78,7 +79,7 @@ class Batch:
     def layer_nbytes(self) -> list[int]:
         """Bytes per entry of the model's caches, over all rows."""
         batches = (self._generator._prompt_batch, self._generator._generation_batch)
-        caches = [batch.prompt_cache for batch in batches if batch.prompt_cache]
+        caches = [batch.prompt_cache[:-1] for batch in batches if batch.prompt_cache]
         return [sum(cache.nbytes for cache in layer) for layer in zip(*caches, strict=True)]
 
     def start(self, job: Job) -> None:
@@ -101,7 +102,7 @@ class Batch:
         uid = self._generator.insert_segments(
             [_segments(job, length, checkpoints=self.loaded.forgets)],
             max_tokens=[job.max_tokens],
-            caches=[caches],
+            caches=[[*caches, AdapterRow([job.adapter.slot if job.adapter is not None else BASE])]],
             all_tokens=[list(job.prompt[:length])],
             samplers=[job.guard.sampler(sampler) if sampler is not None else None],
             logits_processors=[[job.guard.processor(each) for each in (*processors, *job.processors)]],
@@ -155,7 +156,7 @@ class Batch:
 
     def cache_key(self, job: Job) -> str:
         """What a prefix depends on besides its tokens."""
-        return f"{self.loaded.cache_key} {job.request.adapter or ''}"
+        return f"{self.loaded.cache_key} {job.adapter.digest if job.adapter is not None else ''}"
 
     def _chunk(self) -> int:
         """Prompt tokens of the next step, by the time they take."""
@@ -183,7 +184,7 @@ class Batch:
 
     def _snapshot(self, uid: int) -> Snapshot:
         caches, tokens = self._generator.extract_cache([uid])[uid]
-        return Snapshot(tokens, caches, self.rows[uid].checkpoints)
+        return Snapshot(tokens, caches[:-1], self.rows[uid].checkpoints)
 
     def _prefilled(self, uid: int, job: Job, answer: Any) -> None:
         if answer.end_of_prompt:
@@ -193,7 +194,7 @@ class Batch:
         job.emit(Prefilled(done=job.prefilled_tokens, total=len(job.prompt)))
         if answer.end_of_segment and self.loaded.forgets and job.prefilled_tokens < len(job.prompt):
             caches, _ = self._generator.extract_cache([uid])[uid]
-            job.checkpoints[job.prefilled_tokens] = checkpoint_of(caches)
+            job.checkpoints[job.prefilled_tokens] = checkpoint_of(caches[:-1])
 
     def _guarded(self, answer: Any) -> None:
         """One row's token; what goes wrong in its own text ends that row alone."""
@@ -241,7 +242,7 @@ class Batch:
         else:
             caches, tokens = self._generator.remove([uid], return_prompt_caches=True).get(uid, ([], []))
         if tokens and self._prefixes.limit_nbytes > 0:
-            self._prefixes.put(self.cache_key(job), Snapshot(tokens, caches, job.checkpoints))
+            self._prefixes.put(self.cache_key(job), Snapshot(tokens, caches[:-1], job.checkpoints))
         del self.rows[uid]
         self._end(job, how=how)
 

@@ -6,26 +6,25 @@ The prompt thread renders and tokenizes; the owner thread runs the models. Imple
 
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-import mlx.core as mx
 from msgspec.structs import replace
 
-from mlx_optiq_ext.engine.embed import embed
+from mlx_optiq_ext.engine.adapter_desk import AdapterDesk, parse_adapters
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.log_ring import LogRing
 from mlx_optiq_ext.engine.memory import default_limit_nbytes
 from mlx_optiq_ext.engine.names import ModelNames
 from mlx_optiq_ext.engine.owner import Owner
 from mlx_optiq_ext.engine.prefixes import build_prefix_cache
+from mlx_optiq_ext.engine.prompt_thread import PromptThread
 from mlx_optiq_ext.engine.report import engine_status
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
-from mlx_optiq_ext.engine.settle import attempt, settle
+from mlx_optiq_ext.engine.settle import settle
 from mlx_optiq_ext.errors import EngineStopped, PromptTooLong, QueueFull, UnknownName
 from mlx_optiq_ext.quant.size import parse_nbytes
 from mlx_optiq_ext.types.chat import Generation
@@ -33,7 +32,7 @@ from mlx_optiq_ext.types.events import Accepted, Event, EventSink, Failed, Finis
 from mlx_optiq_ext.types.port import Embeddings, LogLine
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
 from mlx_optiq_ext.types.serve import ServeOptions
-from mlx_optiq_ext.types.status import EngineStatus
+from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus
 
 __all__ = ["LocalEngine"]
 
@@ -76,7 +75,9 @@ class LocalEngine:
             on_tick=self._tick,
             on_fatal=self._fail,
         )
-        self._prompts: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        given = parse_adapters(options.adapter, self._specs)
+        self._desk = AdapterDesk(self._owner, options.adapters_dir, given, self._take_snapshot)
+        self._prompts = PromptThread(self._owner, self._desk.restore)
         self._jobs: dict[str, Job] = {}
         self._guard = threading.Lock()
         self._numbers = itertools.count(1)
@@ -95,7 +96,7 @@ class LocalEngine:
         """
         logging.getLogger("mlx_optiq_ext").addHandler(self._log)
         self._owner.start()
-        threading.Thread(target=self._render_all, name="optiq-prompts", daemon=True).start()
+        self._prompts.start()
         try:
             self.load(next(iter(self._specs))).result()
         except BaseException:
@@ -116,7 +117,14 @@ class LocalEngine:
             name = f"job{next(self._numbers)}"
             job = Job(name, request, self._forgetting(name, deliver), model)
             self._jobs[name] = job
-        self._with_model(model, lambda loaded: self._prepare(job, loaded), job.fail)
+
+        def take_adapter(loaded: Loaded) -> None:
+            adapter = job.adapter = loaded.adapters.take(request.adapter)
+            job.release = lambda: loaded.adapters.let_go(adapter)
+
+        self._prompts.run(
+            self._specs[model], lambda loaded: self._prepare(job, loaded), job.fail, first=take_adapter
+        )
         return name
 
     def cancel(self, job: str) -> None:
@@ -131,8 +139,8 @@ class LocalEngine:
         """See :meth:`.Engine.count_tokens`."""
         future: Future[int] = Future()
         model = self._require_ready(request)
-        self._with_model(
-            model,
+        self._prompts.run(
+            self._specs[model],
             lambda loaded: settle(future, lambda: len(loaded.renderer.render(request).tokens)),
             future.set_exception,
         )
@@ -147,9 +155,9 @@ class LocalEngine:
             rows = [
                 tuple(loaded.tokenizer.encode(each)) if isinstance(each, str) else each for each in inputs
             ]
-            self._owner.call(lambda: settle(future, lambda: _embedded(loaded, rows)))
+            self._owner.call(lambda: settle(future, lambda: loaded.embed(rows)))
 
-        self._with_model(name, tokenized, future.set_exception)
+        self._prompts.run(self._specs[name], tokenized, future.set_exception)
         return future
 
     def status(self) -> EngineStatus:
@@ -163,8 +171,11 @@ class LocalEngine:
         spec = self._spec(model)
 
         def opened() -> None:
-            self._owner.open(spec)
-            self._owner.let_go(spec.name)
+            loaded = self._owner.open(spec)
+            try:
+                self._desk.restore(loaded)
+            finally:
+                self._owner.let_go(spec.name)
 
         return self._on_owner(opened)
 
@@ -172,6 +183,18 @@ class LocalEngine:
         """See :meth:`.Engine.unload`."""
         spec = self._spec(model)
         return self._on_owner(lambda: self._owner.unload(spec.name))
+
+    def mount(self, name: str, source: str, model: str = "") -> "Future[AdapterStatus]":
+        """See :meth:`.Engine.mount`."""
+        return self._desk.mount(name, source, self._specs[self._names.resolve(model)])
+
+    def unmount(self, name: str, model: str = "") -> "Future[None]":
+        """See :meth:`.Engine.unmount`."""
+        return self._desk.unmount(name, self._specs[self._names.resolve(model)])
+
+    def use(self, name: str | None, model: str = "") -> "Future[None]":
+        """See :meth:`.Engine.use`."""
+        return self._desk.use(name, self._specs[self._names.resolve(model)])
 
     def clear_prefix_cache(self) -> "Future[int]":
         """See :meth:`.Engine.clear_prefix_cache`."""
@@ -192,7 +215,7 @@ class LocalEngine:
     def close(self, timeout_s: float = 60.0) -> None:
         """End what runs, keep prefixes where they survive, stop both threads."""
         self._draining = True
-        self._prompts.put(None)
+        self._prompts.stop()
         self._owner.close(timeout_s)
         logging.getLogger("mlx_optiq_ext").removeHandler(self._log)
 
@@ -200,33 +223,12 @@ class LocalEngine:
         """The model that answers; :class:`EngineStopped` or :class:`UnknownName` where none does."""
         if self._failed or self._draining:
             raise EngineStopped("the server is stopping", retry_after_s=_RETRY_S)
-        if request.adapter:
-            raise UnknownName(f"no adapter {request.adapter!r} is mounted", param="adapter")
         return self._names.resolve(request.model)
 
     def _spec(self, model: str) -> ModelSpec:
         if model not in self._specs:
             raise UnknownName(f"no model {model!r}; there are {', '.join(self._specs)}", param="model")
         return self._specs[model]
-
-    def _with_model(
-        self, name: str, then: Callable[[Loaded], None], otherwise: Callable[[Exception], None]
-    ) -> None:
-        """Run ``then`` on the prompt thread with the model, loaded until that is done."""
-
-        def opened() -> None:
-            try:
-                loaded = self._owner.open(self._specs[name])
-            except Exception as error:  # noqa: BLE001  told to the one who asked
-                otherwise(error)
-                return
-            self._prompts.put(lambda: prepared(loaded))
-
-        def prepared(loaded: Loaded) -> None:
-            attempt(lambda: then(loaded), otherwise)
-            self._owner.call(lambda: self._owner.let_go(name))
-
-        self._owner.call(opened)
 
     def _prepare(self, job: Job, loaded: Loaded) -> None:
         """Render, check and accept a job; on the prompt thread."""
@@ -245,15 +247,13 @@ class LocalEngine:
         job.emit(Accepted(prompt_tokens=len(rendered.tokens), model=job.model))
         self._owner.call(lambda: self._owner.waiting.push(request.session or job.name, job))
 
-    def _render_all(self) -> None:
-        while (task := self._prompts.get()) is not None:
-            task()
-
     def _forgetting(self, name: str, deliver: EventSink) -> EventSink:
         def delivered(event: Event) -> None:
             if isinstance(event, Finished | Failed):
                 with self._guard:
-                    self._jobs.pop(name, None)
+                    job = self._jobs.pop(name, None)
+                if job is not None:
+                    job.release()
             deliver(event)
 
         return delivered
@@ -262,16 +262,24 @@ class LocalEngine:
         if self._failed:
             raise EngineStopped("the engine failed")
         future: Future[T] = Future()
-        self._owner.call(lambda: settle(future, action))
+
+        def act() -> T:
+            done = action()
+            self._take_snapshot()
+            return done
+
+        self._owner.call(lambda: settle(future, act))
         return future
 
     def _tick(self) -> None:
-        now = time.monotonic()
-        if now - self._taken >= _SNAPSHOT_S or not self._jobs:
-            self._taken = now
-            with self._guard:
-                jobs = tuple(self._jobs.values())
-            self._status = engine_status(self._state(), self._owner, self._specs, jobs, self._names)
+        if time.monotonic() - self._taken >= _SNAPSHOT_S or not self._jobs:
+            self._take_snapshot()
+
+    def _take_snapshot(self) -> None:
+        self._taken = time.monotonic()
+        with self._guard:
+            jobs = tuple(self._jobs.values())
+        self._status = engine_status(self._state(), self._owner, self._specs, jobs, self._names)
 
     def _state(self) -> str:
         if self._failed:
@@ -287,11 +295,3 @@ class LocalEngine:
         for job in jobs:
             job.fail(EngineStopped("the engine failed and the server is stopping"))
         self._on_fatal(error)
-
-
-def _embedded(loaded: Loaded, rows: list[tuple[int, ...]]) -> Embeddings:
-    vectors = embed(loaded.model, rows)
-    mx.clear_cache()
-    return Embeddings(
-        model=loaded.spec.name, vectors=vectors, prompt_tokens=sum(len(tokens) for tokens in rows)
-    )

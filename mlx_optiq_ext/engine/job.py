@@ -4,6 +4,7 @@ Made by ``engine``, filled by the prompt thread, run by the owner thread. Knows 
 """
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlx_optiq_ext.errors import OptiqError
@@ -22,6 +23,7 @@ from mlx_optiq_ext.types.events import (
 from mlx_optiq_ext.types.status import RowStatus
 
 if TYPE_CHECKING:  # these import MLX or a tokenizer
+    from mlx_optiq_ext.engine.adapters import Mounted
     from mlx_optiq_ext.engine.decode import AnswerDecoder
     from mlx_optiq_ext.engine.prompt import Rendered
     from mlx_optiq_ext.engine.snapshot import Checkpoint
@@ -61,6 +63,9 @@ class Job:
         self.checkpoints: dict[int, Checkpoint] = {}
         self.cached_tokens = 0
         self.prefilled_tokens = 0
+        self.adapter: Mounted | None = None
+        self.release: Callable[[], None] = lambda: None
+        """Lets go of the adapter, once, when the job has ended."""
         self.completion_tokens = 0
         self._deliver = deliver
 

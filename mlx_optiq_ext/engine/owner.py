@@ -149,6 +149,8 @@ class Owner:
         self._admit()
         for name in [name for name, batch in self.batches.items() if batch.rows]:
             self._step(name)
+        for loaded in self.models:
+            loaded.adapters.sweep()
         if self._is_idle():
             self._rest()
         self._on_tick()

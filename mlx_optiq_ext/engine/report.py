@@ -32,6 +32,7 @@ def engine_status(
         version=__version__,
         uptime_s=time.monotonic() - counters.started,
         models=tuple(_served(owner, spec, names) for spec in specs.values()),
+        adapters=tuple(each for loaded in owner.models for each in loaded.adapters.status(loaded.spec.name)),
         rows=tuple(job.row() for job in jobs),
         queue_limit=owner.options.max_queue,
         max_rows=owner.options.max_rows,

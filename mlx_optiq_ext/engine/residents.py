@@ -5,7 +5,7 @@ Knows sizes and names, not requests: who is busy is told. Called by ``owner`` on
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import mlx.core as mx
 
@@ -50,6 +50,9 @@ class Residents:
     def names(self) -> tuple[str, ...]:
         """Least recently used first."""
         return tuple(self._loaded)
+
+    def __iter__(self) -> Iterator[Loaded]:
+        return iter(self._loaded.values())
 
     @property
     def weights_nbytes(self) -> int:

@@ -5,6 +5,7 @@ Knows how one model is opened and nothing of requests. Called by ``owner`` on th
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
+from mlx_optiq_ext.engine.embed import embed
 from mlx_optiq_ext.engine.memory import CacheSizes
 from mlx_optiq_ext.engine.prompt import Renderer
 from mlx_optiq_ext.engine.snapshot import forgets
@@ -30,6 +33,7 @@ from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.chat import Sampling
 from mlx_optiq_ext.types.kv import KVConfig
 from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.port import Embeddings
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
 from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_ext.types.status import ServedModel
@@ -84,14 +88,20 @@ class Loaded:
         self.stops = StopSequences([(token,) for token in tokenizer.eos_token_ids])
         self.defaults = _defaults(Path(spec.ref.path), options)
         self.sizes = CacheSizes(model, self.fresh_caches)
-        self.weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
+        self._weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
         self.model_context = _model_context(config)
         self.context = min(options.context or self.model_context, self.model_context)
         self.forgets = any(forgets(cache) for cache in self.fresh_caches())
         weights = fingerprint(spec.ref).sha256
-        storage = msgspec.json.encode(kv).decode() if kv is not None else str(float_dtype(model, config))
+        self.adapters = ModelAdapters(model, weights, float_dtype(model, {}))
+        storage = msgspec.json.encode(kv).decode() if kv is not None else str(float_dtype(model, {}))
         self.cache_key = f"{weights} {storage}"
         self._bpw = _stored_bpw(config, self.weights_nbytes, model)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of the model and its adapters."""
+        return self._weights_nbytes + self.adapters.nbytes
 
     def fresh_caches(self) -> list[Any]:
         """Empty caches of one row."""
@@ -132,6 +142,14 @@ class Loaded:
         if not bool(mx.all(mx.isfinite(getattr(out, "logits", out)))):
             raise EngineError(f"{self.spec.name} answers with numbers that are not finite")
 
+    def embed(self, inputs: Sequence[Sequence[int]]) -> Embeddings:
+        """One unit vector per input; evaluates."""
+        return Embeddings(
+            model=self.spec.name,
+            vectors=embed(self.model, inputs),
+            prompt_tokens=sum(len(tokens) for tokens in inputs),
+        )
+
     def describe(self) -> ServedModel:
         """What ``/v1/models`` says of it."""
         return ServedModel(
@@ -142,6 +160,7 @@ class Loaded:
             context=self.context,
             weights_nbytes=self.weights_nbytes,
             bpw=self._bpw,
+            adapters=self.adapters.names,
             kv_bits=self.kv.bits_per_number if self.kv is not None else None,
             thinks=bool(self.tokenizer.has_thinking),
             calls_tools=bool(self.tokenizer.has_tool_calling),

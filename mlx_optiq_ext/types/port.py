@@ -7,7 +7,7 @@ import msgspec
 
 from mlx_optiq_ext.types.chat import Generation
 from mlx_optiq_ext.types.events import EventSink
-from mlx_optiq_ext.types.status import EngineStatus
+from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus
 
 __all__ = ["Embeddings", "Engine", "LogLine"]
 
@@ -62,6 +62,20 @@ class Engine(Protocol):
 
     def unload(self, model: str) -> "Future[None]":
         """Drop a model that no row uses."""
+
+    def mount(self, name: str, source: str, model: str = "") -> "Future[AdapterStatus]":
+        """Mount an adapter from a folder or the Hub under a name; rows go on meanwhile.
+
+        Raises:
+            RequestError: No name for an adapter, or one that is taken.
+            AdapterError: (from the future) It does not fit the model, or its numbers are not finite.
+        """
+
+    def unmount(self, name: str, model: str = "") -> "Future[None]":
+        """Take an adapter away from new requests at once, and from memory when no row uses it."""
+
+    def use(self, name: str | None, model: str = "") -> "Future[None]":
+        """Let requests that name no adapter get this one; None: the base."""
 
     def clear_prefix_cache(self) -> "Future[int]":
         """Drop every entry, on disk too; the number of bytes that were held."""

@@ -25,6 +25,13 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _d("NAME or NAME=MODEL, repeatable: another name for a model. Unknown names reach --model anyway."),
     ] = ()
     strict_names: Annotated[bool, _d("Answer 404 to unknown model names.")] = False
+    adapter: Annotated[
+        tuple[str, ...],
+        _d("NAME=DIR or MODEL:NAME=DIR, repeatable: mount an adapter (a folder or a Hub id) under a name."),
+    ] = ()
+    adapters_dir: Annotated[
+        tuple[str, ...], _d("Folder from which adapters may be mounted while the server runs, repeatable.")
+    ] = ()
     kv_config: Annotated[str | None, _d("kv_config.json of `optiq kv-cache`, for --model.")] = None
     kv_recent: (
         Annotated[

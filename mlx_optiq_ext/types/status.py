@@ -4,7 +4,15 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["EngineStatus", "LatencySum", "LayerBytes", "PrefixCacheStatus", "RowStatus", "ServedModel"]
+__all__ = [
+    "AdapterStatus",
+    "EngineStatus",
+    "LatencySum",
+    "LayerBytes",
+    "PrefixCacheStatus",
+    "RowStatus",
+    "ServedModel",
+]
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +37,25 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     sees_images: bool = False
     thinks: bool = False
     calls_tools: bool = False
+
+
+class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that requests can name."""
+
+    name: str
+    model: str
+    source: str
+    """Folder name or repository, never a path of this machine."""
+    rank: int
+    """The largest of its ranks."""
+    ranks: dict[str, int] = {}
+    """By path of the layer."""
+    nbytes: int = 0
+    fits_base: bool | None = None
+    """Whether it was trained on these very weights; None where it does not say."""
+    is_default: bool = False
+    """Requests that name no adapter get it."""
+    requests: int = 0
 
 
 class RowStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +117,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     uptime_s: float
     models: tuple[ServedModel, ...]
+    adapters: tuple[AdapterStatus, ...] = ()
     rows: tuple[RowStatus, ...] = ()
     queue_limit: int = 0
     max_rows: int = 0

@@ -13,10 +13,11 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from support_models import LLAMA, QWEN3_MOE, tiny_model
 
-from mlx_optiq_ext.adapters.layers import LowRank, RoutedLayer
+from mlx_optiq_ext.adapters.layers import RoutedLayer
 from mlx_optiq_ext.adapters.mount import AdapterMount
 from mlx_optiq_ext.adapters.rows import BASE, AdapterRow, RoutedModel
 from mlx_optiq_ext.errors import AdapterError
+from mlx_optiq_ext.lora.factors import Factors
 
 PATHS = {
     "llama": ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens"),
@@ -47,7 +48,7 @@ def _shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _adapter(
     model: nn.Module, name: str, seed: int, paths: tuple[str, ...] | None = None
-) -> dict[str, LowRank]:
+) -> dict[str, Factors]:
     """Random residuals, large enough to change tokens; ranks differ by path and seed."""
     rng = np.random.default_rng(seed)
     modules = dict(model.named_modules())
@@ -55,14 +56,14 @@ def _adapter(
     for k, path in enumerate(paths or PATHS[name]):
         base = modules[path].base if isinstance(modules[path], RoutedLayer) else modules[path]
         a, b = _shapes(base, 2 + seed + k)
-        residuals[path] = LowRank(
+        residuals[path] = Factors(
             mx.array(rng.standard_normal(a).astype(np.float32) / np.sqrt(a[-2])),
             mx.array(rng.standard_normal(b).astype(np.float32)),
         )
     return residuals
 
 
-def _stock(model: nn.Module, residuals: dict[str, LowRank]) -> None:
+def _stock(model: nn.Module, residuals: dict[str, Factors]) -> None:
     """The same adapter through mlx-lm's own layers."""
     modules = dict(model.named_modules())
     for path, residual in residuals.items():
@@ -184,10 +185,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_mounted() -> None:
     nowhere = {**good, "model.layers.9.self_attn.q_proj": good[path]}
     with pytest.raises(AdapterError, match=r"model\.layers\.9\.self_attn\.q_proj, which is no layer"):
         mount.mount(nowhere)
-    wide = LowRank(mx.zeros((256, 4)), good[path].b[:4])
+    wide = Factors(mx.zeros((256, 4)), good[path].b[:4])
     with pytest.raises(AdapterError, match=r"q_proj has shape \(128, 128\).*the adapter \(256, 128\)"):
         mount.mount({**good, path: wide})
-    broken = LowRank(good[path].a * float("nan"), good[path].b)
+    broken = Factors(good[path].a * float("nan"), good[path].b)
     with pytest.raises(AdapterError, match="not finite"):
         mount.mount({**good, path: broken})
     assert mount.nbytes == 0

@@ -12,7 +12,7 @@ from support_serving import Asked, ask, engine_on, greedy, raising, spec_of, tex
 import mlx_optiq_ext
 from mlx_optiq_ext import _hook
 from mlx_optiq_ext.engine.engine import LocalEngine
-from mlx_optiq_ext.errors import QueueFull, UnknownName
+from mlx_optiq_ext.errors import QueueFull
 from mlx_optiq_ext.types.chat import Sampling
 from mlx_optiq_ext.types.events import Accepted, Failed, Finished, Prefilled, Started, TextDelta
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer
@@ -226,11 +226,6 @@ def test_one_row_s_error_is_its_own(engine: LocalEngine) -> None:
     assert isinstance(beside.end()[-1], Finished)
     engine.clear_prefix_cache().result(10)
     assert text_of(ask(engine, greedy(_prompt(30, 8), 60))) == text_of(beside.events)
-
-
-def test_an_unknown_adapter_is_refused(engine: LocalEngine) -> None:
-    with pytest.raises(UnknownName, match="no adapter 'mine'"):
-        ask(engine, greedy(_prompt(5), 1, adapter="mine"))
 
 
 def test_draining_lets_running_answers_end(folder: Path) -> None:
