@@ -5,12 +5,13 @@ not grow with queries × keys. Never changes its caller's arrays. Called through
 ``patches.attention`` and by the caches' tests.
 """
 
-import functools
 import math
+from typing import TypeGuard
 
 import mlx.core as mx
 
-from mlx_optiq_ext.kv.stored import Exact, Stored
+from mlx_optiq_ext.kv.cuda import is_on_cuda
+from mlx_optiq_ext.kv.stored import Exact, Stored, StoredInRows
 
 __all__ = ["MAX_SHORT", "attend"]
 
@@ -44,6 +45,9 @@ def attend(
     Source: scores of centred keys differ from the model's by a constant per query, which softmax does not
         see (only ``sinks`` do, so there it is added back); Q·R and K·R have the products of Q and K.
     """
+    if _kernels_read(keys, values, queries.shape[2]):
+        sinks = None if sinks is None else _shifted_sinks(queries, keys, scale, sinks)
+        return keys.rows.attend(keys.words, queries, scale, mask, sinks, keys.take_counters())
     turned = keys.codec.turn(queries)
     scale = scale * keys.codec.product_scale
     packed = keys.codec.is_packed or values.codec.is_packed
@@ -55,18 +59,35 @@ def attend(
     return values.codec.turn_back(out).astype(queries.dtype)
 
 
+def _kernels_read(keys: Stored, values: Stored, num_queries: int) -> TypeGuard[StoredInRows]:
+    """Whether kernels of our own attend to these: few queries, keys and values in the same rows, on CUDA."""
+    return (
+        isinstance(keys, StoredInRows)
+        and isinstance(values, StoredInRows)
+        and keys.words is values.words
+        and num_queries <= MAX_SHORT
+        and is_on_cuda()
+    )
+
+
+def _shifted_sinks(queries: mx.array, keys: Stored, scale: float, sinks: mx.array) -> mx.array:
+    """Sinks (B, Hq, L) beside scores of centred keys: what centring takes off those is taken off these."""
+    batch, num_queries, length, dim = queries.shape
+    logits = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None], (batch, num_queries, length))
+    if keys.codec.mean is None:
+        return logits
+    grouped = queries.reshape(batch, keys.shape[1], -1, dim).astype(mx.float32)
+    products = (grouped * keys.codec.mean_as(mx.float32)).sum(axis=-1)
+    return logits - scale * products.reshape(logits.shape)
+
+
 def unpacks_always() -> bool:
     """Whether codes are never read directly: on CUDA.
 
     Measured with MLX 0.32.4 on an H100: products with codes of 8 bits in groups of 128 came out wrong, and
     those in bfloat16 did not return. Unpacking one layer for the fused kernel is exact.
     """
-    return _has_cuda() and mx.default_device() == mx.gpu
-
-
-@functools.cache
-def _has_cuda() -> bool:
-    return mx.cuda.is_available()
+    return is_on_cuda()
 
 
 class _Bias:

@@ -69,14 +69,14 @@ class BatchMixedKVCache(ColumnCache):
     def keys_and_values(self) -> tuple[Any, Any]:
         """What the last update returned."""
         columns = self._shown
-        keys, values = self.store.view(0, columns)
+        parts = self.store.view(0, columns)
         exact = None
         if self.ends.is_kept:
             overhang = self._overhang()
             start = self.left_padding - (self.store.used - columns)
             rows = RowEnds(start, columns - overhang, self.offset - overhang)
             exact = self.ends.exact_of_rows(columns, rows)
-        return present(self.store, keys, values, exact)
+        return present(self.store, parts, exact)
 
     def make_mask(
         self,

@@ -15,7 +15,7 @@ from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.kv.column_cache import ColumnCache
 from mlx_optiq_ext.kv.state import pack_state, same_layout, state_arrays, unpack_state
 from mlx_optiq_ext.kv.store import Layout, Store
-from mlx_optiq_ext.kv.stored import Exact, Stored
+from mlx_optiq_ext.kv.stored import Exact, Stored, StoredInRows
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.kv.batch import BatchMixedKVCache
@@ -54,9 +54,9 @@ class MixedKVCache(ColumnCache):
     def keys_and_values(self) -> tuple[Any, Any]:
         """What the last update returned."""
         columns = self._shown
-        keys, values = self.store.view(self.layout.first_kept, columns)
+        parts = self.store.view(self.layout.first_kept, columns)
         exact = self.ends.exact(columns, self.offset) if self.ends.is_kept else None
-        return present(self.store, keys, values, exact)
+        return present(self.store, parts, exact)
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -110,12 +110,16 @@ class MixedKVCache(ColumnCache):
 
 def present(
     store: Store,
-    keys: list[mx.array],
-    values: list[mx.array],
+    parts: list[mx.array],
     exact: tuple[Exact, Exact] | None,
 ) -> tuple[Any, Any]:
     """Keys and values as the model gets them: stored, or restored where it computes on them itself."""
     layout = store.layout
+    if store.rows is not None:
+        words = parts[0]
+        counters, store.counters = store.counters, None
+        return StoredInRows(store.rows, words, counters), StoredInRows(store.rows, words, of_values=True)
+    keys, values = store.apart(parts)
     exact_keys, exact_values = exact or (None, None)
     stored = (
         Stored(layout.key, keys, store.dtype, exact_keys),

@@ -62,10 +62,17 @@ class ColumnCache(_BaseCache):  # type: ignore[misc]
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         """Store new columns (B, H, N, ·) and show what their queries may see; lazy."""
-        new_keys, new_values = self.layout.key.transform(keys), self.layout.value.transform(values)
-        if self.ends.is_kept:
-            self.ends.append(new_keys, new_values, self.offset)
-        self.store.append(new_keys, new_values)
+        layout, store = self.layout, self.store
+        if not store.parts:
+            store.dtype = keys.dtype
+        if store.rows is not None:
+            words, store.counters = store.rows.encode_for_attention(keys, values)
+            store.append([words])
+        else:
+            new_keys, new_values = layout.key.transform(keys), layout.value.transform(values)
+            if self.ends.is_kept:
+                self.ends.append(new_keys, new_values, self.offset)
+            store.append([*layout.key.pack(new_keys), *layout.value.pack(new_values)])
         self.offset = self.offset + keys.shape[2]
         self._show(keys.shape[2])
 

@@ -105,7 +105,7 @@ class ExactEnds:
     @staticmethod
     def _packed_last(store: Store, count: int) -> list[mx.array]:
         """The last columns of keys and of values, unpacked."""
-        keys, values = store.view(0, count)
+        keys, values = store.apart(store.view(0, count))
         unpacked = [store.layout.key.unpack(keys), store.layout.value.unpack(values)]
         return [array[..., :count, :] for array in unpacked]
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_optiq_ext.kv.codec import Codec
 from mlx_optiq_ext.kv.ends import ExactEnds
+from mlx_optiq_ext.kv.rows import Rows
 from mlx_optiq_ext.kv.store import Layout, Store
 from mlx_optiq_ext.types.quant import Choice
 
@@ -62,8 +63,19 @@ def unpack_state(packed: str, arrays: Sequence[mx.array]) -> Restored:
     for name in ("num_parts", "num_last", "num_first"):
         taken.append(rest[: state[name]])
         rest = rest[state[name] :]
-    store.parts, ends.last_arrays, ends.first_arrays = taken
+    parts, ends.last_arrays, ends.first_arrays = taken
+    store.parts = _as_stored_here(store, parts)
     return Restored(store, ends, state["shown"], state["numbers"], rest)
+
+
+def _as_stored_here(store: Store, parts: list[mx.array]) -> list[mx.array]:
+    """Parts that were saved joined or apart, as this machine keeps them; lazy."""
+    both_packed = store.layout.key.is_packed and store.layout.value.is_packed
+    was_joined = both_packed and len(parts) == 1
+    if not parts or was_joined == store.layout.joined:
+        return parts
+    rows = Rows(store.layout.key, store.layout.value, store.dtype)
+    return rows.split(parts[0]) if was_joined else [rows.join(parts)]
 
 
 def layout_state(layout: Layout) -> dict[str, Any]:
@@ -109,7 +121,7 @@ def same_layout(one: Layout, other: Layout) -> bool:
     """Whether two caches store alike, so that their columns can be joined."""
     if one is other:
         return True
-    if layout_state(one) != layout_state(other):
+    if one.joined != other.joined or layout_state(one) != layout_state(other):
         return False
     means = [(one.key.mean, other.key.mean), (one.value.mean, other.value.mean)]
     return all(a is b or (a is not None and b is not None and bool(mx.array_equal(a, b))) for a, b in means)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_optiq_ext.kv.codec import Codec
+from mlx_optiq_ext.kv.cuda import CudaRows, is_wanted
+from mlx_optiq_ext.kv.rows import Rows
 from mlx_optiq_ext.types.kv import sliding_slack
 
 __all__ = ["GROWTH", "Layout", "Store", "roll_columns"]
@@ -28,6 +30,8 @@ class Layout:
         first_kept: Leading columns that sliding never drops.
         recent, first: Last and first tokens that are kept in full precision besides.
         dense: Hand restored arrays to the model instead of stored ones (models that compute on them).
+        joined: Store a token's keys and values side by side (:class:`~mlx_optiq_ext.kv.rows.Rows`) where that
+            is possible; None: where kernels read them so.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Layout:
         recent: int = 0,
         first: int = 0,
         dense: bool = False,
+        joined: bool | None = None,
     ) -> None:
         self.key, self.value = key, value
         self.window, self.first_kept = window, first_kept
@@ -48,6 +53,10 @@ class Layout:
             recent, first = min(recent, window - first_kept), 0
         self.recent, self.first = (recent, first) if packed else (0, 0)
         self.dense = dense
+        wanted = is_wanted() if joined is None else joined
+        unjoinable = dense or self.recent or self.first or not Rows.can_hold(key, value)
+        self.joined = wanted and not unjoinable
+        self._rows: dict[mx.Dtype, CudaRows] = {}
 
     def __deepcopy__(self, _: dict[int, object]) -> "Layout":
         """Layouts never change: copies of a cache share theirs."""
@@ -59,8 +68,22 @@ class Layout:
         if not self.first_kept:
             return self
         return Layout(
-            self.key, self.value, window=self.window, recent=self.recent, first=self.first, dense=self.dense
+            self.key,
+            self.value,
+            window=self.window,
+            recent=self.recent,
+            first=self.first,
+            dense=self.dense,
+            joined=self.joined,
         )
+
+    def rows(self, dtype: mx.Dtype) -> CudaRows | None:
+        """Where everything is in a row of a token's numbers of this type; None: not joined."""
+        if not self.joined:
+            return None
+        if dtype not in self._rows:
+            self._rows[dtype] = CudaRows(self.key, self.value, dtype)
+        return self._rows[dtype]
 
     @property
     def slack(self) -> int:
@@ -71,6 +94,8 @@ class Layout:
 class Store:
     """Packed keys and values in columns, column 0 the oldest.
 
+    ``rows`` says where everything is in the rows of :attr:`parts`; None: keys and values are stored apart.
+
     Args:
         layout: How they are stored.
     """
@@ -78,9 +103,11 @@ class Store:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.parts: list[mx.array] = []
-        """Key parts, then value parts: arrays (B, H, capacity, ·); empty before the first append."""
+        """Arrays (B, H, capacity, ·): key parts, then value parts, or rows; empty before the first append."""
         self.used = 0
-        self.dtype: mx.Dtype = mx.float32
+        self.dtype = mx.float32
+        self.counters: mx.array | None = None
+        """What the next attention over the newest columns may count in, once; of joined rows on CUDA."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Store":
         """The same columns in arrays of their own."""
@@ -88,6 +115,15 @@ class Store:
         copied.parts = copy.deepcopy(self.parts, memo)
         copied.used, copied.dtype = self.used, self.dtype
         return copied
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the numbers that are stored."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: mx.Dtype) -> None:
+        self._dtype, self.rows = dtype, self.layout.rows(dtype)
 
     @property
     def capacity(self) -> int:
@@ -99,33 +135,33 @@ class Store:
         """Bytes of the buffers."""
         return sum(part.nbytes for part in self.parts)
 
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        """Add columns; both in stored coordinates, (B, H, N, ·)."""
-        layout = self.layout
-        new = layout.key.pack(keys) + layout.value.pack(values)
-        start, end = self.used, self.used + keys.shape[2]
-        if not self.parts:
-            self.dtype = keys.dtype
+    def append(self, new: Sequence[mx.array]) -> None:
+        """Add columns, as :attr:`parts` are: (B, H, N, ·)."""
+        start, end = self.used, self.used + new[0].shape[2]
         if end > self.capacity:
             self._grow(new, end)
         for part, columns in zip(self.parts, new, strict=True):
             part[..., start:end, :] = columns
         self.used = end
 
-    def view(self, first: int, columns: int) -> tuple[list[mx.array], list[mx.array]]:
-        """Stored keys and values of the first ``first`` and the last ``columns - first`` columns used."""
+    def view(self, first: int, columns: int) -> list[mx.array]:
+        """Parts of the first ``first`` and the last ``columns - first`` columns used."""
         start = self.used - (columns - first)
         if start <= first:
             first, start = 0, self.used - columns
         if first:
-            parts = [
+            return [
                 mx.concatenate([part[..., :first, :], part[..., start : self.used, :]], axis=2)
                 for part in self.parts
             ]
-        elif start or self.used < self.capacity:
-            parts = [part[..., start : self.used, :] for part in self.parts]
-        else:
-            parts = self.parts
+        if start or self.used < self.capacity:
+            return [part[..., start : self.used, :] for part in self.parts]
+        return self.parts
+
+    def apart(self, parts: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        """Such parts of keys and of values; lazy."""
+        if self.rows is not None:
+            parts = self.rows.split(parts[0])
         num_keys = self.layout.key.num_parts
         return parts[:num_keys], parts[num_keys:]
 

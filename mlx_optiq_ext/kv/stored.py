@@ -9,8 +9,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_optiq_ext.kv.codec import Codec
+from mlx_optiq_ext.kv.cuda import CudaRows
 
-__all__ = ["Exact", "Stored"]
+__all__ = ["Exact", "Stored", "StoredInRows"]
 
 
 class Exact(NamedTuple):
@@ -34,7 +35,7 @@ class Stored:
         exact: Columns to be taken from full precision instead.
     """
 
-    __slots__ = ("codec", "dtype", "exact", "parts")
+    __slots__ = ("_parts", "codec", "dtype", "exact")
 
     def __init__(
         self,
@@ -43,11 +44,16 @@ class Stored:
         dtype: mx.Dtype,
         exact: Exact | None = None,
     ) -> None:
-        self.codec, self.parts = codec, parts
+        self.codec, self._parts = codec, parts
         self.dtype, self.exact = dtype, exact
 
     is_optiq_stored = True
     """By this the patched attention knows what it is given, without importing anything."""
+
+    @property
+    def parts(self) -> list[mx.array]:
+        """Codes, scales and biases, or the numbers: arrays (B, H, S, ·)."""
+        return self._parts
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -76,3 +82,42 @@ class Stored:
     def restored(self) -> mx.array:
         """The tensor as the model computed it, up to rounding; lazy (B, H, S, D)."""
         return self.codec.restore(self.numbers())
+
+
+class StoredInRows(Stored):
+    """Keys or values that stand side by side with the others of their layer.
+
+    Args:
+        rows: Where they are.
+        words: uint32 (B, H, S, width).
+        counters: What one attention over them may count in.
+        of_values: These are the values.
+    """
+
+    __slots__ = ("_counters", "_of_values", "rows", "words")
+
+    def __init__(
+        self, rows: CudaRows, words: mx.array, counters: mx.array | None = None, *, of_values: bool = False
+    ) -> None:
+        super().__init__(rows.value if of_values else rows.key, [], rows.dtype)
+        self.rows, self.words = rows, words
+        self._counters, self._of_values = counters, of_values
+
+    def take_counters(self) -> mx.array | None:
+        """The counters; None from the second time on."""
+        counters, self._counters = self._counters, None
+        return counters
+
+    @property
+    def parts(self) -> list[mx.array]:
+        """Taken from the rows; lazy."""
+        if not self._parts:
+            parts = self.rows.split(self.words)
+            self._parts = parts[3:] if self._of_values else parts[:3]
+        return self._parts
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, S, D)."""
+        batch, heads, columns = self.words.shape[:3]
+        return (batch, heads, columns, self.codec.dim)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support_attention import HEADS, exact_attention, filled, make_mask
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.kv import attention
@@ -20,7 +21,6 @@ from mlx_optiq_ext.types.quant import KEEP, Choice
 
 _DIMS = (32, 64, 80, 96, 112, 128, 192, 256, 576)
 _CHOICES = (KEEP, *(Choice(bits=b, group_size=g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)))
-_HEADS = 2
 _TOLERANCE = 2e-4
 """Of the largest value. Scores stay below 30 here; a float32 product of up to 576 numbers is right to about
 1e-6 of that, softmax turns an error of a score into the same relative error of a weight, and the rotation
@@ -32,56 +32,6 @@ def _fitting(dim: int) -> list[Choice]:
 
 
 _PAIRS = [(dim, choice) for dim in _DIMS for choice in _fitting(dim)]
-
-
-def _filled(
-    rng: np.random.Generator, layout: Layout, batch: int, columns: int
-) -> tuple[MixedKVCache, Any, Any]:
-    """A cache of random tokens that came in two blocks, and the numbers that went in."""
-    offset = rng.standard_normal((_HEADS, 1, layout.key.dim))
-    keys = (rng.standard_normal((batch, _HEADS, columns, layout.key.dim)) + offset).astype(np.float32)
-    values = rng.standard_normal((batch, _HEADS, columns, layout.value.dim)).astype(np.float32)
-    cache = MixedKVCache(layout)
-    cut = int(rng.integers(1, columns + 1))
-    for piece in (slice(0, cut), slice(cut, columns)):
-        if piece.start < piece.stop:
-            cache.update_and_fetch(mx.array(keys[:, :, piece]), mx.array(values[:, :, piece]))
-    cache._show(columns)
-    return cache, keys, values
-
-
-def _expected(
-    queries: np.ndarray, keys: Any, values: Any, scale: float, mask: Any, sinks: np.ndarray | None
-) -> np.ndarray:
-    """Float64 attention over unpacked keys and values."""
-    num_queries, length = queries.shape[1:3]
-    repeats = num_queries // _HEADS
-    k = np.repeat(np.array(keys.restored().astype(mx.float32), dtype=np.float64), repeats, axis=1)
-    v = np.repeat(np.array(values.restored().astype(mx.float32), dtype=np.float64), repeats, axis=1)
-    scores = scale * queries.astype(np.float64) @ k.swapaxes(-1, -2)
-    columns = k.shape[2]
-    if isinstance(mask, str):
-        mask = np.arange(columns - length, columns)[:, None] >= np.arange(columns)
-    if mask is not None:
-        scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
-    top = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    if sinks is not None:
-        total = total + np.exp(sinks.astype(np.float64)[None, :, None, None] - top)
-    return (weights / total) @ v
-
-
-def _mask(rng: np.random.Generator, kind: str, batch: int, length: int, columns: int) -> Any:
-    """Column 0 is always seen, so that no row of the softmax is empty."""
-    if kind in ("none", "causal"):
-        return None if kind == "none" else "causal"
-    shape = (length, columns) if kind in ("shared", "additive") else (batch, 1, length, columns)
-    seen = rng.random(shape) < 0.6
-    seen[..., 0] = True
-    if kind == "additive":
-        return np.where(seen, rng.standard_normal(shape), -1e9).astype(np.float32)
-    return seen
 
 
 @st.composite
@@ -104,6 +54,7 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
         "recent": draw(st.sampled_from([0, 0, 1, 5, 200])),
         "first": draw(st.sampled_from([0, 0, 1, 3])),
         "unpacks": draw(st.booleans()),
+        "joined": draw(st.booleans()),
         "on_cpu": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -112,30 +63,31 @@ def _cases(draw: st.DrawFn) -> dict[str, Any]:
 def _check(case: dict[str, Any]) -> None:
     rng = np.random.default_rng(case["seed"])
     (dim, key), (value_dim, value) = case["key"], case["value"]
-    mean = mx.array(rng.standard_normal((_HEADS, dim)).astype(np.float32)) if case["mean"] else None
+    mean = mx.array(rng.standard_normal((HEADS, dim)).astype(np.float32)) if case["mean"] else None
     layout = Layout(
         Codec(key, dim, rotate=case["rotate"], mean=mean),
         Codec(value, value_dim, rotate=case["rotate"]),
         recent=case["recent"],
         first=case["first"],
+        joined=case["joined"],
     )
     batch, length, columns = case["batch"], case["length"], case["columns"]
-    num_queries = _HEADS * case["repeats"]
+    num_queries = HEADS * case["repeats"]
     queries = rng.standard_normal((batch, num_queries, length, dim)).astype(np.float32)
     sinks = rng.standard_normal(num_queries).astype(np.float32) if case["sinks"] else None
-    mask = _mask(rng, case["mask"], batch, length, columns)
+    mask = make_mask(rng, case["mask"], batch, length, columns)
     scale = 1 / math.sqrt(dim)
     with (
         mock.patch.object(attention, "unpacks_always", return_value=case["unpacks"]),
         mock.patch.object(attention, "_on_cpu", return_value=case["on_cpu"]),
     ):
-        cache, _, _ = _filled(rng, layout, batch, columns)
+        cache, _, _ = filled(rng, layout, batch, columns)
         stored = cache.keys_and_values()
         given_ = [mx.array(queries), mx.array(mask) if isinstance(mask, np.ndarray) else mask]
         given_.append(None if sinks is None else mx.array(sinks))
         got = attend(given_[0], *stored, scale, given_[1], given_[2])
         mx.eval(got)
-    expected = _expected(queries, *stored, scale, mask, sinks)
+    expected = exact_attention(queries, *stored, scale, mask, sinks)
     assert (got.shape, got.dtype) == ((batch, num_queries, length, value_dim), mx.float32)
     np.testing.assert_allclose(np.array(got), expected, rtol=0, atol=_TOLERANCE * np.abs(expected).max())
     for before, after in zip((queries, mask, sinks), given_, strict=True):
@@ -159,6 +111,7 @@ def test_every_choice_works_for_keys_and_for_values_at_this_head(dim: int) -> No
         "recent": 3,
         "first": 2,
         "unpacks": False,
+        "joined": False,
         "on_cpu": True,
     }
     for number, choice in enumerate(_fitting(dim)):
@@ -184,9 +137,9 @@ def test_rotations_are_orthogonal_and_exact_in_16_bits(dim: int) -> None:
 @pytest.mark.parametrize("dim", [64, 80, 88, 96, 128, 576])
 def test_turning_there_and_back_loses_only_the_rounding_of_the_dtype(dim: int, dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(dim)
-    mean = mx.array(rng.standard_normal((_HEADS, dim)).astype(np.float32))
+    mean = mx.array(rng.standard_normal((HEADS, dim)).astype(np.float32))
     codec = Codec(KEEP, dim, rotate=True, mean=mean)
-    x = mx.array(rng.standard_normal((1, _HEADS, 9, dim)).astype(np.float32)).astype(dtype)
+    x = mx.array(rng.standard_normal((1, HEADS, 9, dim)).astype(np.float32)).astype(dtype)
     back = codec.restore(codec.transform(x))
     assert back.dtype == dtype
     error = np.array((back - x).astype(mx.float32))
@@ -201,19 +154,19 @@ def test_half_precision_models_get_their_own_dtype_and_its_accuracy(
     length: int, dtype: mx.Dtype, on_cpu: bool
 ) -> None:
     rng = np.random.default_rng(3)
-    mean = mx.array(rng.standard_normal((_HEADS, 64)).astype(np.float32))
+    mean = mx.array(rng.standard_normal((HEADS, 64)).astype(np.float32))
     layout = Layout(
         Codec(Choice(bits=4, group_size=32), 64, rotate=True, mean=mean),
         Codec(Choice(bits=3, group_size=32), 64, rotate=True),
     )
-    keys, values = (rng.standard_normal((1, _HEADS, 40, 64)).astype(np.float32) for _ in range(2))
+    keys, values = (rng.standard_normal((1, HEADS, 40, 64)).astype(np.float32) for _ in range(2))
     queries = rng.standard_normal((1, 4, length, 64)).astype(np.float32)
     cache = MixedKVCache(layout)
     stored = cache.update_and_fetch(mx.array(keys).astype(dtype), mx.array(values).astype(dtype))
     with mock.patch.object(attention, "_on_cpu", return_value=on_cpu):
         got = attend(mx.array(queries).astype(dtype), *stored, 0.125, "causal")
     assert got.dtype == dtype
-    expected = _expected(queries, *stored, 0.125, "causal", None)
+    expected = exact_attention(queries, *stored, 0.125, "causal", None)
     tolerance = 0.05 if dtype == mx.bfloat16 else 0.007  # a few roundings of numbers up to 3
     np.testing.assert_allclose(np.array(got.astype(mx.float32)), expected, rtol=0, atol=tolerance)
 
@@ -221,9 +174,9 @@ def test_half_precision_models_get_their_own_dtype_and_its_accuracy(
 def test_products_beyond_float16_do_not_overflow() -> None:
     rng = np.random.default_rng(4)
     four = Codec(Choice(bits=4, group_size=32), 64)
-    keys = np.full((1, _HEADS, 20, 64), 50.0) + rng.standard_normal((1, _HEADS, 20, 64))
+    keys = np.full((1, HEADS, 20, 64), 50.0) + rng.standard_normal((1, HEADS, 20, 64))
     queries = np.full((1, 4, 1, 64), 50.0)  # products of 160,000: float16 ends at 65,504
-    values = rng.standard_normal((1, _HEADS, 20, 64))
+    values = rng.standard_normal((1, HEADS, 20, 64))
     cache = MixedKVCache(Layout(four, four))
     stored = cache.update_and_fetch(*(mx.array(x.astype(np.float16)) for x in (keys, values)))
     with mock.patch.object(attention, "_on_cpu", return_value=False):
@@ -234,7 +187,7 @@ def test_products_beyond_float16_do_not_overflow() -> None:
 def test_exact_ends_come_back_as_they_went_in_and_eight_bits_nearly_so() -> None:
     rng = np.random.default_rng(0)
     eight = Codec(Choice(bits=8, group_size=32), 64, rotate=True)
-    cache, keys, values = _filled(rng, Layout(eight, eight, recent=4, first=2), 2, 30)
+    cache, keys, values = filled(rng, Layout(eight, eight, recent=4, first=2), 2, 30)
     for stored, whole in zip(cache.keys_and_values(), (keys, values), strict=True):
         error = np.abs(np.array(stored.restored()) - whole).max(axis=(0, 1, 3))
         assert max(error[:2].max(), error[-4:].max()) < 1e-5

@@ -37,6 +37,7 @@ def _layouts(draw: st.DrawFn, kept: tuple[int, ...] = (0,)) -> Layout:
         recent=draw(st.sampled_from([0, 0, 2, 7])),
         first=draw(st.sampled_from([0, 0, 3])),
         dense=draw(st.sampled_from([False, False, False, True])),
+        joined=draw(st.booleans()),
     )
 
 
