@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from html import escape
 
-from mlx_optiq_ext.quant.picture import INKS, Dot, Line, Path, Rect, Scene, Shape
+from mlx_optiq_ext.quant.picture import INKS, Dot, Line, Path, Rect, Scene, Shape, Text
 from mlx_optiq_ext.quant.picture_curve import curve_scene
 from mlx_optiq_ext.quant.picture_heat import bits_scene, sensitivity_scene
 from mlx_optiq_ext.types.report import Report, TextTable
 
-__all__ = ["render_html", "scene_svg"]
+__all__ = ["render_html", "scene_svg", "svg_document"]
 
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _STYLE = """
@@ -77,6 +77,24 @@ def scene_svg(scene: Scene) -> str:
     shapes = "\n".join(_shape(shape) for shape in scene.shapes)
     label = escape(scene.title, quote=True)
     return f'<svg viewBox="{view}" role="img" aria-label="{label}">\n{shapes}\n</svg>'
+
+
+def svg_document(scene: Scene) -> str:
+    """A scene with its heading as an SVG file of its own, light and dark as its viewer is."""
+    heading = 48.0
+    top = [
+        Text(x=0, y=16, text=scene.title, size=17, is_bold=True),
+        Text(x=0, y=35, text=scene.subtitle, ink="muted", size=12),
+    ]
+    width, height = _round(scene.width), _round(scene.height + heading)
+    titles, shapes = ("\n".join(map(_shape, part)) for part in (top, scene.shapes))
+    page = Rect(x=0, y=0, width=scene.width, height=scene.height + heading, fill="page")
+    font = _FONT.replace('"', "'")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="{font}">\n<style>{_colors()}</style>\n{_shape(page)}\n{titles}\n'
+        f'<g transform="translate(0 {_round(heading)})">\n{shapes}\n</g>\n</svg>\n'
+    )
 
 
 def _colors() -> str:

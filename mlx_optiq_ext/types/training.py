@@ -45,9 +45,9 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         msgspec.Meta(ge=0, le=0.5, description="Examples held out where the data has no validation file."),
     ] = 0.05
     epochs: Annotated[int, msgspec.Meta(ge=1, description="Passes over the data.")] = 1
-    steps: Annotated[
-        int | None, msgspec.Meta(ge=1, description="Updates of the adapter, in place of --epochs.")
-    ] = None
+    steps: (
+        Annotated[int, msgspec.Meta(ge=1, description="Updates of the adapter, in place of --epochs.")] | None
+    ) = None
     batch_size: Annotated[int, msgspec.Meta(ge=1, description="Examples in one forward pass.")] = 4
     accumulate: Annotated[
         int,
@@ -143,6 +143,8 @@ class TrainSummary(msgspec.Struct, frozen=True, kw_only=True):
     first_validation: ValidationRecord | None
     validation: ValidationRecord | None
     """At the adapter that was kept."""
+    test_loss: float | None = None
+    """Of the kept adapter, where the data has a test part."""
     num_tokens: int
     seconds: float
     """Of training, without validation; earlier sessions included."""
