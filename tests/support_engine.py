@@ -28,7 +28,7 @@ from mlx_optiq_ext.types.events import (
     Usage,
 )
 from mlx_optiq_ext.types.port import Embeddings, LogLine
-from mlx_optiq_ext.types.status import EngineStatus, ServedModel
+from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus, ServedModel
 
 __all__ = ["CALL_ID", "FakeEngine", "Script", "Until", "answer", "call", "ready_status"]
 
@@ -169,6 +169,21 @@ class FakeEngine:
     def unload(self, model: str) -> "Future[None]":
         """Note it."""
         self.called.append(f"unload {model}")
+        return self._future(None)
+
+    def mount(self, name: str, source: str, model: str = "") -> "Future[AdapterStatus]":
+        """Pretend to."""
+        self.called.append(f"mount {name} {source} {model}".strip())
+        return self._future(AdapterStatus(name=name, model="org/tiny", source=source, rank=8))
+
+    def unmount(self, name: str, model: str = "") -> "Future[None]":
+        """Pretend to."""
+        self.called.append(f"unmount {name} {model}".strip())
+        return self._future(None)
+
+    def use(self, name: str | None, model: str = "") -> "Future[None]":
+        """Pretend to."""
+        self.called.append(f"use {name} {model}".strip())
         return self._future(None)
 
     def clear_prefix_cache(self) -> "Future[int]":

@@ -42,8 +42,9 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def module(self) -> str:
-        """Dotted name of the module with ``add_arguments`` and ``run``."""
-        return f"mlx_optiq_ext.cli.commands.{self.name.replace('-', '_')}"
+        """Dotted name of the module with ``add_arguments`` and ``run``; a group is a package of its own."""
+        group, _, name = self.name.replace("-", "_").rpartition(" ")
+        return f"mlx_optiq_ext.cli.{group or 'commands'}.{name}"
 
 
 COMMANDS: dict[str, Command] = {
@@ -55,6 +56,15 @@ COMMANDS: dict[str, Command] = {
         Command(name="kv-cache", needs_mlx=True, resumes=True),
         Command(name="score", needs_mlx=True),
         Command(name="serve", needs_mlx=True),
+        Command(name="lora train", needs_mlx=True, resumes=True),
+        Command(name="lora info", needs_mlx=True),
+        Command(name="lora merge", needs_mlx=True),
+        Command(name="lora fuse", needs_mlx=True),
+        Command(name="lora export", needs_mlx=True),
+        Command(name="adapters list"),
+        Command(name="adapters mount"),
+        Command(name="adapters unmount"),
+        Command(name="adapters use"),
         Command(name="report"),
         Command(name="import-gguf"),
         Command(name="doctor", needs_mlx=True),
@@ -79,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         unexpected error, 130 after an interrupt, 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS.get(words[0]) if words else None
+    command = COMMANDS.get(" ".join(words[:2])) or COMMANDS.get(" ".join(words[:1]))
     wants_json = "--json" in words
     try:
         if command is None:
             return _top_level(words)
         with clean_stop():
-            return _run(command, words[1:])
+            return _run(command, words[1 + command.name.count(" ") :])
     except OptiqError as error:
         _report(error, error.exit_code, wants_json)
         return error.exit_code
@@ -186,27 +196,33 @@ def _what_now(stop: KeyboardInterrupt, command: Command | None) -> str:
 
 
 def _top_level(words: Sequence[str]) -> int:
-    """Answer ``--help`` and ``--version``; anything else is a mistake."""
+    """Answer ``--help`` and ``--version``, also of a group of commands; anything else is a mistake."""
+    group = words[0] if words and any(name.startswith(f"{words[0]} ") for name in COMMANDS) else ""
+    commands = [command for command in COMMANDS.values() if command.name.startswith(group)]
     parser = _Parser(
-        prog="optiq",
-        usage="optiq COMMAND [options]",
+        prog=f"optiq {group}".strip(),
+        usage=f"{' '.join(filter(None, ('optiq', group)))} COMMAND [options]",
         description="Sensitivity-driven mixed-precision quantization for MLX language models.",
         epilog="Options of a command: optiq COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mlx-optiq-ext {__version__}")
-    group = parser.add_argument_group("commands")
-    if not words or {"-h", "--help"}.intersection(words):
-        for command in COMMANDS.values():
-            group.add_argument(f"{command.name:12s}", nargs="?", help=summary(command))
-        parser.print_help(sys.stdout if words else sys.stderr)
-        return 0 if words else UsageError.exit_code
+    section = parser.add_argument_group("commands")
+    wants_help = bool({"-h", "--help"}.intersection(words))
+    if wants_help or list(words) in ([], [group]):
+        for command in commands:
+            section.add_argument(f"{command.name:12s}", nargs="?", help=summary(command))
+        parser.print_help(sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else UsageError.exit_code
     if words[0].startswith("-"):
         try:
             parser.parse_args(words)
         except SystemExit as leaving:
             return int(leaving.code or 0)
-    raise UsageError(f"no command {words[0]!r}; commands are {', '.join(COMMANDS)}")
+    unknown = " ".join(words[:2]) if group else words[0]
+    raise UsageError(
+        f"no command {unknown!r}; commands are {', '.join(command.name for command in commands)}"
+    )
 
 
 class HelpFormatter(argparse.HelpFormatter):

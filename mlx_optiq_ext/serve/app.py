@@ -6,6 +6,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from mlx_optiq_ext.serve.anthropic.routes import router as anthropic
 from mlx_optiq_ext.serve.auth import Doors
+from mlx_optiq_ext.serve.control.adapters import router as adapters
 from mlx_optiq_ext.serve.control.routes import router as control
 from mlx_optiq_ext.serve.dialect import answer_problem
 from mlx_optiq_ext.serve.frame import Frame
@@ -37,7 +38,7 @@ def create_app(engine: Engine, options: ServeOptions, api_key: str | None) -> Li
     """
     serving = Serving(engine=engine, images=ImageReader(fetch=options.image_urls))
     app = Litestar(
-        route_handlers=[openai, anthropic, responses, models, control],
+        route_handlers=[openai, anthropic, responses, models, adapters, control],
         exception_handlers={Exception: answer_problem},
         state=serving.state(),
         request_max_body_size=parse_nbytes(options.max_body, flag="--max-body"),
