@@ -1,4 +1,4 @@
-"""Take an adapter off a running server: from new requests at once, from memory when nothing uses it."""
+"""Take an adapter off a running server; answers that use it go on to their end."""
 
 import argparse
 

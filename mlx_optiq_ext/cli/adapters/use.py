@@ -1,4 +1,4 @@
-"""Choose the adapter that answers where a request names none; `base` chooses the model itself."""
+"""Choose the adapter that answers where a request names none (`base`: the model itself)."""
 
 import argparse
 
