@@ -22,9 +22,11 @@ SEAMS = frozenset(
         "mlx_lm.chat",
         "mlx_lm.convert",
         "mlx_lm.generate",
+        "mlx_lm.lora",
         "mlx_lm.models.base",
         "mlx_lm.models.cache",
         "mlx_lm.server",
+        "mlx_lm.tuner.utils",
     }
 )
 """Modules that have a patch; a test compares this with ``patches.registry.PATCHES``."""
@@ -174,6 +176,8 @@ def _load_blas() -> None:
 
 def _asked_for(name: str) -> bool:
     """Whether the command line of this process wants what we add to this module."""
+    if any(word.startswith("--optiq-rank-scaling") for word in getattr(sys, "argv", [])[1:]):
+        return name in ("mlx_lm.lora", "mlx_lm.tuner.utils")
     if _wants_recipe():
         return name == "mlx_lm.convert" or _is_ours()
     options = ("--kv-config", "--kv-recent")

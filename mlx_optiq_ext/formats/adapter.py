@@ -5,6 +5,7 @@ Knows names and shapes of tensors, not arrays. Called by ``lora.files`` and the 
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,17 +97,22 @@ def find_adapter(folder: Path) -> AdapterFile:
         raise AdapterError(str(error)) from error
 
 
-def write_adapter_config(folder: Path, config: AdapterConfig, *, native: bool) -> None:
+def write_adapter_config(
+    folder: Path, config: AdapterConfig, weights: str | None, others: Mapping[str, Any] | None = None
+) -> None:
     """Write ``adapter_config.json``: stock mlx-lm adapts exactly these paths, at the largest rank.
 
     Args:
         folder: The adapter's.
         config: What is stored.
-        native: Ranks or scales differ, so :data:`NATIVE_WEIGHTS_FILE` is there too.
+        weights: File with the ranks as they are: :data:`NATIVE_WEIGHTS_FILE` where ranks or scales differ,
+            else :data:`WEIGHTS_FILE`; None leaves our block out.
+        others: Further keys, such as those of the command that trained it; ours win.
     Raises:
         ResourceError: The file cannot be written.
     """
-    document = {
+    document: dict[str, Any] = {
+        **(others or {}),
         "fine_tune_type": "lora",
         "model": config.base.source if config.base is not None else "",
         "num_layers": 1 + max((int(n) for path in config.ranks for n in _NUMBER.findall(path)), default=0),
@@ -116,11 +122,9 @@ def write_adapter_config(folder: Path, config: AdapterConfig, *, native: bool) -
             "dropout": config.dropout,
             "keys": sorted(config.ranks),
         },
-        "optiq": {
-            **msgspec.to_builtins(config),
-            "weights": NATIVE_WEIGHTS_FILE if native else WEIGHTS_FILE,
-        },
     }
+    if weights is not None:
+        document["optiq"] = {**msgspec.to_builtins(config), "weights": weights}
     write_json_atomic(folder / ADAPTER_CONFIG_FILE, document)
 
 

@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,9 +83,16 @@ def save_adapter(folder: Path, model: nn.Module, config: AdapterConfig) -> None:
     write_adapter(folder, Adapter(config, factors))
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> None:
+def write_adapter(
+    folder: Path, adapter: Adapter, *, plain: bool = False, others: Mapping[str, Any] | None = None
+) -> None:
     """Write an adapter; evaluates its factors.
 
+    Args:
+        folder: Made where it is missing; an adapter in it is replaced, the config last.
+        adapter: What to write.
+        plain: Only what stock mlx-lm writes too: the padded form, without our block.
+        others: Further keys of the config.
     Raises:
         AdapterError: A number is not finite.
         ResourceError: The disk is full.
@@ -94,12 +102,14 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     if bad is not None:
         raise AdapterError(f"the adapter's factors of {bad} are not finite; nothing is written")
     uneven = len(set(config.ranks.values())) > 1 or bool(config.scales)
-    if uneven:
+    native = uneven and not plain
+    if native:
         _write_arrays(folder / NATIVE_WEIGHTS_FILE, _as_stock(factors))
     padded = {path: _for_stock(each, config, path) for path, each in factors.items()}
     _write_arrays(folder / WEIGHTS_FILE, _as_stock(padded))
-    write_adapter_config(folder, config, native=uneven)
-    if not uneven:
+    weights = NATIVE_WEIGHTS_FILE if native else WEIGHTS_FILE
+    write_adapter_config(folder, config, None if plain else weights, others)
+    if not native:
         (folder / NATIVE_WEIGHTS_FILE).unlink(missing_ok=True)
 
 

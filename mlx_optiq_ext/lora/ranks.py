@@ -16,7 +16,7 @@ from mlx_optiq_ext.lora.targets import select_targets
 from mlx_optiq_ext.types.adapter import AdapterOptions, LoraTarget, RankMap, RankScaling
 from mlx_optiq_ext.types.quant import Choice, Probe, SensitivityTable
 
-__all__ = ["plan_ranks", "rank_by_bits"]
+__all__ = ["plan_for", "plan_ranks", "rank_by_bits"]
 
 _BITS_REMARK = (
     "by_bits gives more rank to modules with more bits, hence with less quantization error; at equal "
@@ -35,22 +35,42 @@ def plan_ranks(
     table: SensitivityTable | None = None,
     spectra: Mapping[str, Spectrum] | None = None,
 ) -> RankMap:
-    """Decide the rank of every target.
+    """Decide the rank of every target that the options name: :func:`plan_for` of them.
+
+    Args:
+        model: The base, without adapters.
+        options: Targets, rank, rule and ceiling.
+        table: Sensitivities of the base's original.
+        spectra: Measured spectra by path.
+    Raises:
+        UsageError: The rule lacks what it needs, or no module is named.
+        BudgetInfeasible: The ceiling does not hold the least ranks.
+    """
+    return plan_for(select_targets(model, options), options, table=table, spectra=spectra)
+
+
+def plan_for(
+    targets: tuple[LoraTarget, ...],
+    options: AdapterOptions,
+    *,
+    table: SensitivityTable | None = None,
+    spectra: Mapping[str, Spectrum] | None = None,
+) -> RankMap:
+    """Decide the rank of some modules.
 
     by_sensitivity takes, one rank at a time, what removes most estimated divergence per parameter, until the
     parameters of the constant rank (or ``max_parameters``) are spent; no module gets less than 1.
 
     Args:
-        model: The base, without adapters.
-        options: Targets, rank, rule and ceiling.
+        targets: The modules.
+        options: Rank, rule and ceiling.
         table: Sensitivities of the base's original; by_sensitivity needs it.
         spectra: Measured spectra of the errors by path (``residual.measure_spectra``); paths without one get
             that of independent errors.
     Raises:
-        UsageError: The rule lacks what it needs, or no module is named.
+        UsageError: The rule lacks what it needs.
         BudgetInfeasible: The ceiling does not hold the least ranks.
     """
-    targets = select_targets(model, options)
     harm = _harm(targets, table) if table is not None else {}
     scaling, notes = _scaling(options, table, harm)
     if scaling == "by_sensitivity":

@@ -17,7 +17,7 @@ from mlx_optiq_ext.patches.kv_command import running
 if TYPE_CHECKING:
     from mlx_optiq_ext.types.kv import KVConfig
 
-__all__ = ["with_kv_options"]
+__all__ = ["model_folder", "with_kv_options"]
 
 
 def with_kv_options(parser: argparse.ArgumentParser, *, opens_caches: bool) -> argparse.ArgumentParser:
@@ -98,7 +98,7 @@ def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
     Raises:
         OptiqError: As :func:`mlx_optiq_ext.kv.build.build_caches`.
     """
-    folder = _folder(given.model) if given.model else None
+    folder = model_folder(given.model) if given.model else None
     if folder is None:
         return config
     from mlx_optiq_ext.hub.fingerprint import other_weights  # deferred: only for who asks
@@ -124,7 +124,7 @@ def _fitted(given: argparse.Namespace, config: "KVConfig") -> "KVConfig":
     return config
 
 
-def _folder(model: str) -> Path | None:
+def model_folder(model: str) -> Path | None:
     """Where the command will find its model, downloaded as it would do it; None where it will not."""
     if Path(model).is_dir():
         return Path(model)

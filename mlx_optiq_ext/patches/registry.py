@@ -15,11 +15,20 @@ from mlx_optiq_ext.patches.attention import PATCH as ATTENTION
 from mlx_optiq_ext.patches.convert_recipe import PATCH as CONVERT_RECIPE
 from mlx_optiq_ext.patches.kv_cache import PATCH as KV_CACHE
 from mlx_optiq_ext.patches.kv_commands import PATCHES as KV_COMMANDS
+from mlx_optiq_ext.patches.lora_command import PATCH as LORA_COMMAND
+from mlx_optiq_ext.patches.lora_layers import PATCH as LORA_LAYERS
 from mlx_optiq_ext.patches.patch import Patch, Undo, check_version
 
 __all__ = ["PATCHES", "PatchReport", "apply_to", "is_active", "report", "revert_all"]
 
-PATCHES: tuple[Patch, ...] = (ATTENTION, KV_CACHE, CONVERT_RECIPE, *KV_COMMANDS)
+PATCHES: tuple[Patch, ...] = (
+    ATTENTION,
+    KV_CACHE,
+    CONVERT_RECIPE,
+    *KV_COMMANDS,
+    LORA_LAYERS,
+    LORA_COMMAND,
+)
 
 _undos: dict[str, Undo] = {}
 _failures: dict[str, str] = {}
