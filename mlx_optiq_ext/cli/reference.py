@@ -46,7 +46,9 @@ def generated_files(root: Path) -> dict[Path, str]:
         Path below ``root`` → full content.
     """
     golden = Path("tests/golden/help")
-    files = {golden / f"{command.name}.txt": _help_text(command) for command in COMMANDS.values()}
+    files = {
+        golden / f"{command.name.replace(' ', '-')}.txt": _help_text(command) for command in COMMANDS.values()
+    }
     files[Path("llms.txt")] = "\n".join(_reference(root / "mlx_optiq_ext")).rstrip() + "\n"
     return files
 

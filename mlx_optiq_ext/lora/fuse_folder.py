@@ -63,6 +63,7 @@ def fuse_folder(
     store: Store = "same",
     num_tokens: int = 1024,
     progress: ProgressSink = ignore_progress,
+    trust_remote_code: bool = False,
 ) -> FuseResult:
     """Write a checkpoint that computes what base and adapter compute together.
 
@@ -73,6 +74,7 @@ def fuse_folder(
         store: same: the base's own bits; dense: adapted modules unquantized, all others as they are.
         num_tokens: Tokens of calibration and of held-out text; 0 runs nothing and rounds plainly.
         progress: Stages ``fit``, ``compare``, ``write``.
+        trust_remote_code: Run model code that comes with the checkpoint.
     Raises:
         FingerprintMismatch: The adapter was made for other weights.
         AdapterError: It does not fit the model.
@@ -84,9 +86,9 @@ def fuse_folder(
         wrong = other_weights(made_for, base) if made_for is not None and made_for.sha256 else ""
         if wrong:
             raise FingerprintMismatch(f"{adapter_folder} {wrong}; fuse it into its own base")
-        model, config = load_model(base)
+        model, config = load_model(base, trust_remote_code=trust_remote_code)
         adapter = locate_factors(read, model)
-        tokenizer = load_tokenizer(base)
+        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
         windows = {split: _tokens(tokenizer, split, num_tokens) for split in _SPLITS}
         fused, numbers = _fuse(model, adapter, store, windows, float_dtype(model, config), progress)
         model.update_modules(tree_unflatten(list(fused.items())))

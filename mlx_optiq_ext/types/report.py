@@ -55,6 +55,8 @@ class HeatMap(msgspec.Struct, frozen=True, kw_only=True):
     outside: tuple[HeatCell, ...] = ()
     probe: str = ""
     """Label of the choice that sensitivity refers to."""
+    title: str = ""
+    """What :attr:`HeatCell.sensitivity` stands for, where that is another number: ranks."""
 
 
 class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):

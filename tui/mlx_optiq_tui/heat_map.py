@@ -66,7 +66,7 @@ def draw_sensitivity_map(heat: HeatMap, style: Style) -> str:
             return " " * width
         return _ramp(axis.fraction(cell.sensitivity), width, style)
 
-    title = f"Sensitivity: KL with only this module at {heat.probe}, nats/token"
+    title = heat.title or f"Sensitivity: KL with only this module at {heat.probe}, nats/token"
     lines = [paint(line, style, bold=True) for line in wrapped(title, style.width)]
     lines += _grid(
         heat, style, draw, lambda cell: "" if cell.sensitivity is None else tick_text(cell.sensitivity)

@@ -1,0 +1,1 @@
+"""Commands of ``optiq lora``, one module each."""
