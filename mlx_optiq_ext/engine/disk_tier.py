@@ -64,7 +64,7 @@ class DiskTier:
         self._known: dict[str, _Index] = {}
         """Least recently used first."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # prompts are private
             self._scan()
         except OSError as error:
             raise UsageError(
@@ -84,7 +84,7 @@ class DiskTier:
 
     def keep(self, key: str, snapshot: Snapshot) -> None:
         """Write a snapshot, unless it is short, there already, or part of another one."""
-        name = hashlib.sha256(key.encode() + b"\0" + snapshot.tokens.tobytes()).hexdigest()[:32]
+        name = _name_of(key, snapshot.tokens.astype("<i4").tobytes())
         if len(snapshot) < _LEAST_TOKENS or name in self._known or snapshot.nbytes > self._limit:
             return
         covered = [known for known, index in self._known.items() if _covers(key, snapshot, index)]
@@ -93,7 +93,7 @@ class DiskTier:
             partial.mkdir()
             index = self._write(partial, key, snapshot)
             partial.rename(self._folder / name)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
             _log.warning("a prefix could not be written to %s: %s", self._folder, error)
             shutil.rmtree(partial, ignore_errors=True)
             return
@@ -124,8 +124,13 @@ class DiskTier:
             except (msgspec.MsgspecError, OSError) as error:
                 _log.warning("%s is not a stored prefix (%s); it is left alone", file, error)
                 continue
-            if index.format_version == 1:
-                self._known[file.parent.name] = index
+            if index.format_version != 1:
+                continue
+            if file.parent.name != _name_of(index.key, index.tokens):
+                _log.warning("a stored prefix is damaged and is removed: %s is not what was written", file)
+                shutil.rmtree(file.parent, ignore_errors=True)
+                continue
+            self._known[file.parent.name] = index
 
     def _longest(self, key: str, tokens: np.ndarray) -> tuple[str, int]:
         best, most = "", 0
@@ -180,6 +185,11 @@ class DiskTier:
     def _remove(self, name: str) -> None:
         self._known.pop(name, None)
         shutil.rmtree(self._folder / name, ignore_errors=True)
+
+
+def _name_of(key: str, tokens: bytes) -> str:
+    """Folder of a snapshot, by which its index is checked."""
+    return hashlib.sha256(key.encode() + b"\0" + tokens).hexdigest()[:32]
 
 
 def _covers(key: str, snapshot: Snapshot, index: _Index) -> bool:

@@ -159,14 +159,14 @@ class Owner:
         return not len(self.waiting) and not any(batch.rows for batch in self.batches.values())
 
     def _take_commands(self) -> None:
-        """Run what was sent; wait for it while there is nothing else to do."""
+        """Run what was sent so far; wait for something while there is nothing else to do."""
         try:
-            command = self._commands.get(block=self._is_idle(), timeout=_TICK_S)
-            while True:
-                command()
-                command = self._commands.get_nowait()
+            self._commands.get(block=self._is_idle(), timeout=_TICK_S)()
         except queue.Empty:
             return
+        # What these send is for the next round: rows go on in between.
+        for _ in range(self._commands.qsize()):
+            self._commands.get_nowait()()
 
     def _admit(self) -> None:
         """Start what may start, in turn."""
@@ -259,8 +259,9 @@ class Owner:
         """What waits for quiet: prefixes to disk, idle models out of memory."""
         now = time.monotonic()
         if self.counters.requests != self._flushed and self._commands.empty():
-            self._flushed, self._idle_since = self.counters.requests, now
-            self.prefixes.flush()
+            self._idle_since = now
+            if self.prefixes.flush(self._commands.empty):
+                self._flushed = self.counters.requests
         wait = self.options.idle_unload_s
         if wait is not None and now - self._idle_since > wait and not self._busy():
             for name in self.models.names:

@@ -122,11 +122,20 @@ class PrefixCache:
                 self._lower.keep(key, snapshot)
         return before - held
 
-    def flush(self) -> None:
-        """Hand everything to the lower tier, newest last; memory keeps it too."""
+    def flush(self, go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Hand everything to the lower tier, newest last; memory keeps it too.
+
+        Args:
+            go_on: Asked before each; somebody may wait.
+        Returns:
+            Whether everything was.
+        """
         if self._lower is not None:
             for key, snapshot in self._entries:
+                if not go_on():
+                    return False
                 self._lower.keep(key, snapshot)
+        return True
 
     def forget(self, prefix: str) -> None:
         """Drop every entry whose key begins with ``prefix``: its model is gone from memory."""

@@ -1,5 +1,7 @@
 """Prefixes: what a snapshot can give equals what computing it anew gives, on disk too."""
 
+import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from support_models import tiny_model
 
 import mlx_optiq_ext
 from mlx_optiq_ext import _hook
+from mlx_optiq_ext.engine import disk_tier
 from mlx_optiq_ext.engine.disk_tier import DiskTier
 from mlx_optiq_ext.engine.prefix_cache import PrefixCache, Reuse
 from mlx_optiq_ext.engine.snapshot import Snapshot, checkpoint_of, forgets, shared_length
@@ -203,6 +206,31 @@ def test_a_damaged_file_is_removed_and_not_used(tmp_path: Path) -> None:
     file.write_bytes(bytes(data))
     assert DiskTier(tmp_path / "kept", 1 << 30).best("a", np.array(TOKENS, dtype=np.int32), 0) is None
     assert not file.exists()
+
+
+def test_an_index_of_other_tokens_is_removed_and_not_used(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path / "kept", 1 << 30)
+    tier.keep("a", _snapshot(_model("llama")))
+    [file] = (tmp_path / "kept").glob("*/index.json")
+    index = json.loads(file.read_text())
+    tokens = np.frombuffer(base64.b64decode(index["tokens"]), dtype="<i4").copy()
+    tokens[-1] += 1
+    file.write_text(json.dumps({**index, "tokens": base64.b64encode(tokens.tobytes()).decode()}))
+    assert DiskTier(tmp_path / "kept", 1 << 30).held() == (0, 0)
+    assert not file.exists()
+
+
+def test_a_full_disk_keeps_nothing_and_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: str, caches: list[Any]) -> None:
+        raise RuntimeError(f"[save_safetensors] Failed to write {len(caches)} arrays to {file}")
+
+    monkeypatch.setattr(disk_tier, "save_prompt_cache", full)
+    tier = DiskTier(tmp_path / "kept", 1 << 30)
+    tier.keep("a", _snapshot(_model("llama")))
+    assert tier.held() == (0, 0)
+    assert not list((tmp_path / "kept").iterdir())
 
 
 def test_the_folder_stays_within_its_limit_and_can_be_cleared(tmp_path: Path) -> None:
