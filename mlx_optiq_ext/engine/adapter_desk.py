@@ -7,12 +7,13 @@ Called by ``engine``.
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from mlx_optiq_ext.engine.adapters import check_adapter_name
 from mlx_optiq_ext.engine.owner import Owner
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
-from mlx_optiq_ext.engine.settle import attempt, settle
+from mlx_optiq_ext.engine.settle import attempt, refuse, settle
 from mlx_optiq_ext.errors import AdapterError, RequestError, UsageError
 from mlx_optiq_ext.hub.adapters import fetch_adapter, is_hub_id
 from mlx_optiq_ext.types.status import AdapterStatus
@@ -71,7 +72,7 @@ class AdapterDesk:
             self._owner.call(lambda: settle(future, lambda: mounted(folder)))
 
         threading.Thread(
-            target=lambda: attempt(found, future.set_exception), name="optiq-adapter", daemon=True
+            target=lambda: attempt(found, partial(refuse, future)), name="optiq-adapter", daemon=True
         ).start()
         return future
 

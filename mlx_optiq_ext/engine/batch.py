@@ -133,7 +133,8 @@ class Batch:
             done += job.prefilled_tokens - before
         if done:
             self._counters.prefilled.add(done)
-            if not decoding:
+            # The rest of a prompt behind a shared prefix is mostly overhead: it says little of long ones.
+            if not decoding and done >= min(_FIRST_STEP, self._generator.prefill_step_size):
                 self._tokens_per_s = done / max(time.monotonic() - began, 1e-6)
         if generated:
             self._counters.decoded.add(len(generated))
@@ -258,7 +259,13 @@ class Batch:
             self._counters.end(type(error).__name__, job.usage, seconds)
             return
         assert job.decoder is not None
-        for event in job.decoder.finish(how):
+        try:
+            events = job.decoder.finish(how)
+        except Exception as unread:  # noqa: BLE001  the row is out: its own error, and nobody else's
+            _log.exception("the end of request %s could not be read", job.name)
+            self._end(job, error=unread)
+            return
+        for event in events:
             job.emit(event)
         stop = job.decoder.stop_sequence
         reason: Any = how

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -20,11 +21,12 @@ from mlx_optiq_ext.engine.log_ring import LogRing
 from mlx_optiq_ext.engine.memory import default_limit_nbytes
 from mlx_optiq_ext.engine.names import ModelNames
 from mlx_optiq_ext.engine.owner import Owner
+from mlx_optiq_ext.engine.pieces import run_in_pieces
 from mlx_optiq_ext.engine.prefixes import build_prefix_cache
 from mlx_optiq_ext.engine.prompt_thread import PromptThread
 from mlx_optiq_ext.engine.report import engine_status
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
-from mlx_optiq_ext.engine.settle import settle
+from mlx_optiq_ext.engine.settle import refuse, settle
 from mlx_optiq_ext.errors import EngineStopped, PromptTooLong, QueueFull, UnknownName
 from mlx_optiq_ext.quant.size import parse_nbytes
 from mlx_optiq_ext.types.chat import Generation
@@ -81,9 +83,7 @@ class LocalEngine:
         self._jobs: dict[str, Job] = {}
         self._guard = threading.Lock()
         self._numbers = itertools.count(1)
-        self._draining = False
-        self._failed = False
-        self._started = False
+        self._draining = self._failed = self._started = False
         self._taken = 0.0
         self._log = LogRing()
         self._status = engine_status("loading", self._owner, self._specs, (), self._names)
@@ -106,14 +106,13 @@ class LocalEngine:
 
     def submit(self, request: Generation, deliver: EventSink) -> str:
         """See :meth:`.Engine.submit`."""
-        model = self._require_ready(request)
         with self._guard:
+            model = self._require_ready(request)
             waiting = sum(job.state == "queued" for job in self._jobs.values())
-            if waiting >= self._options.max_queue + self._options.max_rows:
-                raise QueueFull(
-                    f"{waiting} requests wait already; ask again later, or raise --max-queue",
-                    retry_after_s=_RETRY_S,
-                )
+            free = max(0, self._options.max_rows - (len(self._jobs) - waiting))
+            if waiting >= self._options.max_queue + free:
+                message = f"{waiting} requests wait already; ask again later, or raise --max-queue"
+                raise QueueFull(message, retry_after_s=_RETRY_S)
             name = f"job{next(self._numbers)}"
             job = Job(name, request, self._forgetting(name, deliver), model)
             self._jobs[name] = job
@@ -142,22 +141,19 @@ class LocalEngine:
         self._prompts.run(
             self._specs[model],
             lambda loaded: settle(future, lambda: len(loaded.renderer.render(request).tokens)),
-            future.set_exception,
+            partial(refuse, future),
         )
         return future
 
     def embed(self, model: str, inputs: tuple[str | tuple[int, ...], ...]) -> "Future[Embeddings]":
         """See :meth:`.Engine.embed`."""
         future: Future[Embeddings] = Future()
-        name = self._require_ready(Generation(model=model))
-
-        def tokenized(loaded: Loaded) -> None:
-            rows = [
-                tuple(loaded.tokenizer.encode(each)) if isinstance(each, str) else each for each in inputs
-            ]
-            self._owner.call(lambda: settle(future, lambda: loaded.embed(rows)))
-
-        self._prompts.run(self._specs[name], tokenized, future.set_exception)
+        spec = self._specs[self._require_ready(Generation(model=model))]
+        self._prompts.run(
+            spec,
+            lambda loaded: run_in_pieces(self._owner, spec, loaded.embed(inputs), future),
+            partial(refuse, future),
+        )
         return future
 
     def status(self) -> EngineStatus:
@@ -217,6 +213,7 @@ class LocalEngine:
         self._draining = True
         self._prompts.stop()
         self._owner.close(timeout_s)
+        self._fail_all(EngineStopped("the server is stopping", retry_after_s=_RETRY_S))
         logging.getLogger("mlx_optiq_ext").removeHandler(self._log)
 
     def _require_ready(self, request: Generation) -> str:
@@ -237,6 +234,7 @@ class LocalEngine:
             return
         request = job.request
         rendered = loaded.renderer.render(request)
+        loaded.check_tokens(rendered.tokens, "prompt")
         left = loaded.context - len(rendered.tokens)
         if left <= 0:
             raise PromptTooLong(len(rendered.tokens), loaded.context)
@@ -290,8 +288,12 @@ class LocalEngine:
 
     def _fail(self, error: Exception) -> None:
         self._failed = True
+        self._fail_all(EngineStopped("the engine failed and the server is stopping"))
+        self._on_fatal(error)
+
+    def _fail_all(self, error: EngineStopped) -> None:
+        """Tell every job that is left, wherever it waits."""
         with self._guard:
             jobs = list(self._jobs.values())
         for job in jobs:
-            job.fail(EngineStopped("the engine failed and the server is stopping"))
-        self._on_fatal(error)
+            job.fail(error)

@@ -3,6 +3,7 @@
 Knows models only as what it is given. Made by ``engine``.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from mlx_optiq_ext.engine.served import Loaded, ModelSpec
 from mlx_optiq_ext.engine.settle import attempt
 
 __all__ = ["PromptThread"]
+
+_log = logging.getLogger(__name__)
 
 
 class PromptThread:
@@ -68,4 +71,8 @@ class PromptThread:
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
-            task()
+            attempt(task, self._lost)
+
+    def _lost(self, error: Exception) -> None:
+        """A task could not even tell its error; the thread goes on for the others."""
+        _log.error("a request was lost between threads", exc_info=error)

@@ -88,9 +88,13 @@ class Residents:
 
     def _load(self, spec: ModelSpec, busy: Callable[[], Collection[str]]) -> Loaded:
         began = time.monotonic()
+        loaded: Loaded | None = None
         while True:
             try:
-                loaded = load(spec, self._options, self._limit - self.weights_nbytes, self._progress)
+                # A model that is open already and lacks only the memory for a context is not read twice.
+                loaded = loaded or load(
+                    spec, self._options, self._limit - self.weights_nbytes, self._progress
+                )
                 loaded.limit_context(self._limit - self.weights_nbytes - loaded.weights_nbytes)
                 break
             except ResourceError:

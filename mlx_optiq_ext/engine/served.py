@@ -5,7 +5,7 @@ Knows how one model is opened and nothing of requests. Called by ``owner`` on th
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
-from mlx_optiq_ext.engine.embed import embed
+from mlx_optiq_ext.engine.embed import embed_in_pieces
 from mlx_optiq_ext.engine.memory import CacheSizes
 from mlx_optiq_ext.engine.prompt import Renderer
 from mlx_optiq_ext.engine.snapshot import forgets
-from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, ResourceError
+from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, PromptTooLong, RequestError, ResourceError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.build import build_caches, follow_weights
 from mlx_optiq_ext.kv.fold import rotated_blocks
@@ -93,9 +93,9 @@ class Loaded:
         self.context = min(options.context or self.model_context, self.model_context)
         self.forgets = any(forgets(cache) for cache in self.fresh_caches())
         weights = fingerprint(spec.ref).sha256
-        self.adapters = ModelAdapters(model, weights, float_dtype(model, {}))
-        storage = msgspec.json.encode(kv).decode() if kv is not None else str(float_dtype(model, {}))
-        self.cache_key = f"{weights} {storage}"
+        dtype = float_dtype(model, {})
+        self.adapters = ModelAdapters(model, weights, dtype)
+        self.cache_key = f"{weights} {dtype} {msgspec.json.encode(kv).decode()}"
         self._bpw = _stored_bpw(config, self.weights_nbytes, model)
 
     @property
@@ -142,13 +142,33 @@ class Loaded:
         if not bool(mx.all(mx.isfinite(getattr(out, "logits", out)))):
             raise EngineError(f"{self.spec.name} answers with numbers that are not finite")
 
-    def embed(self, inputs: Sequence[Sequence[int]]) -> Embeddings:
-        """One unit vector per input; evaluates."""
-        return Embeddings(
-            model=self.spec.name,
-            vectors=embed(self.model, inputs),
-            prompt_tokens=sum(len(tokens) for tokens in inputs),
-        )
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Refuse what the embedding has no row for: MLX would read memory that is not its own.
+
+        Raises:
+            RequestError: A token is not one of the model's.
+        """
+        wrong = next((at for at, token in enumerate(tokens) if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            message = f"token {tokens[wrong]} is not one of the model's {self.vocab_size}"
+            raise RequestError(message, param=f"{param}[{wrong}]")
+
+    def embed(self, inputs: Sequence[str | Sequence[int]]) -> Generator[None, None, Embeddings]:
+        """One unit vector per text or tokens; a piece at a time.
+
+        Raises:
+            RequestError, PromptTooLong: An input is empty, unknown to the model or longer than its context.
+        """
+        rows = [self.tokenizer.encode(each) if isinstance(each, str) else each for each in inputs]
+        for index, tokens in enumerate(rows):
+            if len(tokens) > self.context:
+                raise PromptTooLong(len(tokens), self.context)
+            self.check_tokens(tokens, f"input[{index}]")
+        return self._embedded(rows)
+
+    def _embedded(self, rows: list[Sequence[int]]) -> Generator[None, None, Embeddings]:
+        vectors = yield from embed_in_pieces(self.model, rows)
+        return Embeddings(model=self.spec.name, vectors=vectors, prompt_tokens=sum(map(len, rows)))
 
     def describe(self) -> ServedModel:
         """What ``/v1/models`` says of it."""

@@ -11,8 +11,9 @@ from support_serving import Asked, ask, engine_on, greedy, raising, spec_of, tex
 
 import mlx_optiq_ext
 from mlx_optiq_ext import _hook
+from mlx_optiq_ext.engine.decode import AnswerDecoder
 from mlx_optiq_ext.engine.engine import LocalEngine
-from mlx_optiq_ext.errors import QueueFull
+from mlx_optiq_ext.errors import PromptTooLong, QueueFull, RequestError
 from mlx_optiq_ext.types.chat import Sampling
 from mlx_optiq_ext.types.events import Accepted, Failed, Finished, Prefilled, Started, TextDelta
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer
@@ -249,3 +250,73 @@ def test_closing_tells_those_who_wait(folder: Path) -> None:
         assert isinstance(last, Failed)
         assert last.status == 503
     mx.synchronize()
+
+
+def test_closing_tells_those_whose_prompt_is_not_rendered(folder: Path) -> None:
+    engine = engine_on(spec_of(folder))
+    asked = [Asked(engine, greedy("word " * 3000, 2)) for _ in range(20)]
+    engine.close()
+    assert all(isinstance(each.end()[-1], Failed) for each in asked)
+
+
+def test_what_was_cancelled_while_it_waited_stops_nothing(engine: LocalEngine) -> None:
+    running = Asked(engine, greedy(_prompt(30), 300))
+    counted = engine.count_tokens(greedy("some words"))
+    embedded = engine.embed("tiny", ("some words",))
+    assert counted.cancel()
+    assert embedded.cancel()
+    running.cancel()
+    running.end()
+    assert engine.count_tokens(greedy(_prompt(7))).result(20) == 7
+    assert isinstance(ask(engine, greedy(_prompt(20), 2))[-1], Finished)
+
+
+def test_an_end_that_cannot_be_read_is_one_row_s_error(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = AnswerDecoder.finish
+
+    def finish(self: AnswerDecoder, reason: Any) -> list[Any]:
+        if reason == "length":
+            raise ValueError("unreadable")
+        return read(self, reason)
+
+    monkeypatch.setattr(AnswerDecoder, "finish", finish)
+    beside = Asked(engine, greedy(_prompt(30, 8), 1500))
+    beside.until(TextDelta)
+    last = ask(engine, greedy(_prompt(30, 9), 3))[-1]
+    assert isinstance(last, Failed)
+    assert (last.kind, last.status) == ("ValueError", 500)
+    beside.cancel()
+    end = beside.end()[-1]
+    assert isinstance(end, Finished)
+    assert engine.status().restarts == 0
+
+
+def test_long_inputs_are_embedded_while_rows_go_on(engine: LocalEngine) -> None:
+    alone = engine.embed("tiny", (_prompt(1500),)).result(60).vectors
+    running = Asked(engine, greedy(_prompt(30), 1500))
+    running.until(TextDelta)
+    found = engine.embed("tiny", tuple(_prompt(1500) for _ in range(6)))
+    told = 0
+    while not found.done():
+        told += isinstance(running.until(TextDelta), TextDelta)
+    running.cancel()
+    running.end()
+    assert told > 6
+    np.testing.assert_allclose(found.result(0).vectors, alone * 6, atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize("token", [-1, 320, 1_000_000, 1 << 40])
+def test_tokens_that_are_none_of_the_model_s_are_refused(engine: LocalEngine, token: int) -> None:
+    with pytest.raises(RequestError, match=f"token {token} is not one of the model's 320") as caught:
+        engine.embed("tiny", ((1, 2), (3, token))).result(20)
+    assert caught.value.param == "input[1][1]"
+    [failed] = ask(engine, greedy((1, 2, token), 2))
+    assert isinstance(failed, Failed)
+    assert (failed.status, failed.param) == (400, "prompt[2]")
+
+
+def test_inputs_longer_than_the_context_are_not_embedded(engine: LocalEngine) -> None:
+    with pytest.raises(PromptTooLong, match="2049 tokens > 2048"):
+        engine.embed("tiny", (tuple([1] * 2049),)).result(20)
