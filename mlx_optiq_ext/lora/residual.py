@@ -20,6 +20,7 @@ from mlx_optiq_ext.lora.spectrum import Spectrum
 from mlx_optiq_ext.lora.targets import choice_of
 from mlx_optiq_ext.models.intercept import intercepted
 from mlx_optiq_ext.models.walk import get_module
+from mlx_optiq_ext.quant.exact import run_exactly
 from mlx_optiq_ext.quant.pack import Packed, unpack
 from mlx_optiq_ext.types.adapter import LoraTarget, RankMap
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
@@ -132,7 +133,7 @@ def input_moments_of(
     model: nn.Module, tokens: mx.array, modules: Mapping[str, nn.Module]
 ) -> dict[str, Floats]:
     """Mean square of every input: (I,); of experts (E, I), times the share of tokens that each gets."""
-    paths = {id(module): path for path, module in modules.items()}
+    paths: dict[int, str] = {}
     sums: dict[str, mx.array] = {}
 
     def note(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,9 +147,14 @@ def input_moments_of(
         return original(*args, **kwargs)
 
     run: Any = model
-    with intercepted(modules.values(), note):
-        for window in range(tokens.shape[0]):
-            mx.eval(run(tokens[window : window + 1]), sums)
+    # An adapter layer may stand around a module, which is then deeper in the tree than its path says.
+    places = {id(module): place for place, module in model.named_modules()}
+    with run_exactly(model, "the base", remedy="use a larger machine"):
+        running = {path: get_module(model, places[id(module)]) for path, module in modules.items()}
+        paths |= {id(module): path for path, module in running.items()}
+        with intercepted(running.values(), note):
+            for window in range(tokens.shape[0]):
+                mx.eval(run(tokens[window : window + 1]), sums)
     found = {path: np.array(total / tokens.size) for path, total in sums.items()}
     return {path: _raised(found.get(path), module) for path, module in modules.items()}
 

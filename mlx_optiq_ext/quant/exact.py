@@ -6,6 +6,8 @@ what scores and by what trains.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +21,7 @@ from mlx_optiq_ext.models.load import cast_floats
 from mlx_optiq_ext.quant.pack import Packed, unpack
 from mlx_optiq_ext.types.quant import Choice
 
-__all__ = ["make_exact", "parameter_nbytes", "unpack_weights"]
+__all__ = ["make_exact", "parameter_nbytes", "run_exactly", "unpack_weights"]
 
 _DENSE_SHARE = 0.4
 _RESIDENT_SHARE = 0.9
@@ -51,6 +53,21 @@ def make_exact(
     mx.eval(model.parameters())
     model.eval()
     return model
+
+
+@contextmanager
+def run_exactly(model: nn.Module, what: str, *, remedy: str) -> Iterator[None]:
+    """Let a model run as :func:`make_exact` says for a while; its packed modules then come back.
+
+    Raises:
+        ResourceError: The weights do not fit into memory.
+    """
+    packed = [(path, module) for path, module in model.named_modules() if "scales" in module]
+    make_exact(model, what, remedy=remedy)
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(packed))
 
 
 def unpack_weights(model: nn.Module) -> None:
