@@ -33,11 +33,27 @@ from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
 from mlx_optiq_ext.types.quant import KEEP, BitMap
 
-__all__ = ["FuseResult", "fuse_folder"]
+__all__ = ["FuseJob", "FuseResult", "fuse_folder"]
 
 _SPLITS: tuple[Split, ...] = ("calibration", "held_out")
 _WINDOW = 128
 _LEFT_OUT = ("model*.safetensors", "model.safetensors.index.json", "README.md", ".gitattributes")
+
+
+class FuseJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What is fused, and how it is stored."""
+
+    base: ModelRef
+    """The model that the adapter was trained on."""
+    adapter: Path
+    """Folder of any form that is read."""
+    out: Path
+    """Must not exist."""
+    store: Store = "same"
+    """same: the base's own bits; dense: adapted modules unquantized, all others as they are."""
+    num_tokens: int = 1024
+    """Tokens of calibration and of held-out text; 0 runs nothing and rounds plainly."""
+    trust_remote_code: bool = False
 
 
 class FuseResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,48 +71,35 @@ class FuseResult(msgspec.Struct, frozen=True, kw_only=True):
     num_windows: int = 0
 
 
-def fuse_folder(
-    base: ModelRef,
-    adapter_folder: Path,
-    out: Path,
-    *,
-    store: Store = "same",
-    num_tokens: int = 1024,
-    progress: ProgressSink = ignore_progress,
-    trust_remote_code: bool = False,
-) -> FuseResult:
+def fuse_folder(job: FuseJob, progress: ProgressSink = ignore_progress) -> FuseResult:
     """Write a checkpoint that computes what base and adapter compute together.
 
     Args:
-        base: The model that the adapter was trained on.
-        adapter_folder: Of any form that is read.
-        out: Must not exist.
-        store: same: the base's own bits; dense: adapted modules unquantized, all others as they are.
-        num_tokens: Tokens of calibration and of held-out text; 0 runs nothing and rounds plainly.
+        job: What is fused, and where to.
         progress: Stages ``fit``, ``compare``, ``write``.
-        trust_remote_code: Run model code that comes with the checkpoint.
     Raises:
         FingerprintMismatch: The adapter was made for other weights.
         AdapterError: It does not fit the model.
-        OutputExists: ``out`` is there.
+        OutputExists: The output is there.
     """
-    with atomic_folder(out) as working:
-        read = read_adapter(adapter_folder)
+    base, trust = job.base, job.trust_remote_code
+    with atomic_folder(job.out) as working:
+        read = read_adapter(job.adapter)
         made_for = read.config.base
         wrong = other_weights(made_for, base) if made_for is not None and made_for.sha256 else ""
         if wrong:
-            raise FingerprintMismatch(f"{adapter_folder} {wrong}; fuse it into its own base")
-        model, config = load_model(base, trust_remote_code=trust_remote_code)
+            raise FingerprintMismatch(f"{job.adapter} {wrong}; fuse it into its own base")
+        model, config = load_model(base, trust_remote_code=trust)
         adapter = locate_factors(read, model)
-        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-        windows = {split: _tokens(tokenizer, split, num_tokens) for split in _SPLITS}
-        fused, numbers = _fuse(model, adapter, store, windows, float_dtype(model, config), progress)
+        tokenizer = load_tokenizer(base, trust_remote_code=trust)
+        windows = {split: _tokens(tokenizer, split, job.num_tokens) for split in _SPLITS}
+        fused, numbers = _fuse(model, adapter, job.store, windows, float_dtype(model, config), progress)
         model.update_modules(tree_unflatten(list(fused.items())))
         nbytes = _write(working, model, config, base, tokenizer, progress)
     added = [after for _, after in numbers]
     return FuseResult(
-        folder=str(out),
-        store=store,
+        folder=str(job.out),
+        store=job.store,
         num_modules=len(fused),
         nbytes=nbytes,
         change=float(np.mean([before for before, _ in numbers])) if numbers else None,

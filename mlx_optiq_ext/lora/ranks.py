@@ -19,8 +19,8 @@ from mlx_optiq_ext.types.quant import Choice, Probe, SensitivityTable
 __all__ = ["plan_for", "plan_ranks", "rank_by_bits"]
 
 _BITS_REMARK = (
-    "by_bits gives more rank to modules with more bits, hence with less quantization error; at equal "
-    "parameters it undoes less of that error than a constant rank (docs/lora.md)"
+    "by_bits looks at bits alone: modules with more bits, hence less quantization error of their own, get "
+    "more rank; by_sensitivity follows the error (docs/lora.md)"
 )
 _NOISE_REMARK = (
     "no original weights: the spectrum of each error is taken to be that of independent rounding errors of "

@@ -5,7 +5,6 @@ The stock function chooses the modules; ranks come from ``lora.ranks``. Called b
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from mlx_optiq_ext.lora.layers import DORA_REFUSAL, adapted_modules, get_factors
 from mlx_optiq_ext.lora.ranks import plan_for
 from mlx_optiq_ext.lora.targets import list_targets
 from mlx_optiq_ext.patches.kv_options import model_folder
+from mlx_optiq_ext.patches.lora_command import say
 from mlx_optiq_ext.types.adapter import AdapterConfig, AdapterOptions, TrainingFacts
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.quant import ModelFingerprint, SensitivityTable
@@ -79,12 +79,12 @@ def adapt(stock: Callable[[], Any], given: Mapping[str, Any]) -> Any:
         plan = plan_for(chosen, options, table=_table(request))
         ranks = plan.ranks
         if request.show:
-            _say(
+            say(
                 f"ranks {plan.scaling}: {min(ranks.values())} to {max(ranks.values())} in {len(ranks)} "
                 f"modules, {plan.num_parameters:,} parameters"
             )
             for note in plan.notes:
-                _say(note)
+                say(note)
     for path, layer in layers.items():
         _resize(layer, ranks.get(path, get_factors(layer).rank))
     config["optiq"] = {**config["optiq"], "ranks": dict(sorted(ranks.items()))}
@@ -181,7 +181,3 @@ def _resize(layer: Any, rank: int) -> None:
     a = mx.random.uniform(-bound, bound, (*factors.a.shape[:-1], rank))
     b = mx.zeros((*factors.b.shape[:-2], rank, factors.b.shape[-1]))
     set_factors(layer, Factors(a, b))
-
-
-def _say(text: str) -> None:
-    print(f"mlx_lm.lora: {text}", file=sys.stderr)

@@ -16,10 +16,15 @@ from mlx_optiq_ext.errors import OptiqError, UsageError
 from mlx_optiq_ext.patches.bindings import replace
 from mlx_optiq_ext.patches.patch import Patch, Undo, require_callable
 
-__all__ = ["PATCH"]
+__all__ = ["PATCH", "say"]
 
 _MARK = "_mlx_optiq_ext"
 _SCALINGS = ("by_sensitivity", "by_bits", "constant")
+
+
+def say(text: str) -> None:
+    """One line on stderr, as the command's own."""
+    print(f"mlx_lm.lora: {text}", file=sys.stderr)
 
 
 def _apply(module: ModuleType) -> Undo:
@@ -65,7 +70,7 @@ def _wrap_build_parser(original: Any) -> Any:
             choices=_SCALINGS,
             default=argparse.SUPPRESS,
             help="by_sensitivity: rank where quantization hurts, at as many parameters as the constant rank; "
-            "by_bits: the published rule, more rank where there are more bits, hence where the error is not; "
+            "by_bits: the published rule, more rank where there are more bits, not where the error is; "
             "constant: one rank.",
         )
         group.add_argument(
@@ -108,7 +113,7 @@ def _wrap_main(original: Any) -> Any:
         try:
             return original(*args, **kwargs)
         except OptiqError as error:
-            print(f"mlx_lm.lora: error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             raise SystemExit(error.exit_code) from None
 
     return main

@@ -48,7 +48,7 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         RankScaling | None,
         _d(
             "by_sensitivity: where quantization hurts, at as many parameters as the constant rank; constant; "
-            "by_bits: the published rule, more rank where there are more bits, hence where the error is not. "
+            "by_bits: the published rule, more rank where there are more bits, not where the error is. "
             "Without it: by_sensitivity where a sensitivity file is at hand, else constant."
         ),
     ] = None

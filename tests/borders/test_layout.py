@@ -44,6 +44,7 @@ PRINTING = {
     "mlx_optiq_ext/patches/convert_recipe.py",
     "mlx_optiq_ext/patches/kv_command.py",
     "mlx_optiq_ext/patches/kv_commands.py",
+    "mlx_optiq_ext/patches/lora_command.py",
     "mlx_optiq_ext/quant/verify_stock.py",
 }
 

@@ -28,7 +28,7 @@ from mlx_optiq_ext.lora.files import (
     write_adapter,
 )
 from mlx_optiq_ext.lora.fuse import fuse_modules, fused_weight
-from mlx_optiq_ext.lora.fuse_folder import fuse_folder
+from mlx_optiq_ext.lora.fuse_folder import FuseJob, fuse_folder
 from mlx_optiq_ext.lora.layers import adapted_modules, get_factors
 from mlx_optiq_ext.lora.merge import merge_adapters
 from mlx_optiq_ext.lora.peft import write_peft
@@ -178,9 +178,11 @@ def test_a_fused_folder_is_a_model_for_stock_mlx_lm(label: str, family: str, tmp
     adapter = adapter_on(model, uneven(model))
     own = type(adapter.config)(**{**_fields(adapter.config), "base": fingerprint(ref)})
     save_adapter(tmp_path / "adapter", model, own)
-    dense = fuse_folder(ref, tmp_path / "adapter", tmp_path / "dense", store="dense", num_tokens=512)
-    same = fuse_folder(ref, tmp_path / "adapter", tmp_path / "same", num_tokens=512)
-    plain = fuse_folder(ref, tmp_path / "adapter", tmp_path / "plain", num_tokens=0)
+    dense = fuse_folder(
+        FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "dense", store="dense", num_tokens=512)
+    )
+    same = fuse_folder(FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "same", num_tokens=512))
+    plain = fuse_folder(FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "plain", num_tokens=0))
     loaded, _ = stock_load_model(tmp_path / "dense")
     np.testing.assert_allclose(logits(loaded), logits(model), rtol=0, atol=1e-4)
     assert dense.added is not None
@@ -200,7 +202,7 @@ def test_a_fused_folder_is_a_model_for_stock_mlx_lm(label: str, family: str, tmp
     assert (tmp_path / "same" / "optiq_vision.safetensors").read_bytes() == b"kept"
     assert read_json(tmp_path / "same" / "generation_config.json") == {"temperature": 0.5}
     with pytest.raises(OutputExists):
-        fuse_folder(ref, tmp_path / "adapter", tmp_path / "same")
+        fuse_folder(FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "same"))
 
 
 def test_an_adapter_of_other_weights_is_not_fused(tmp_path: Path) -> None:
@@ -208,7 +210,7 @@ def test_an_adapter_of_other_weights_is_not_fused(tmp_path: Path) -> None:
     model = quantized_model("4g64")
     write_adapter(tmp_path / "adapter", adapter_on(model, 2))
     with pytest.raises(FingerprintMismatch, match="was made for other weights"):
-        fuse_folder(ref, tmp_path / "adapter", tmp_path / "out")
+        fuse_folder(FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

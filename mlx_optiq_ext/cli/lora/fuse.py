@@ -12,7 +12,7 @@ from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.atomic import require_absent, require_writable
 from mlx_optiq_ext.hub.resolve import resolve_model
-from mlx_optiq_ext.lora.fuse_folder import FuseResult, fuse_folder
+from mlx_optiq_ext.lora.fuse_folder import FuseJob, FuseResult, fuse_folder
 from mlx_optiq_ext.types.figures import number_text
 from mlx_optiq_ext.types.nbytes import format_nbytes
 
@@ -54,15 +54,15 @@ def run(args: argparse.Namespace) -> int:
     base = resolve_model(
         args.model, args.revision, progress=console.progress, trust_remote_code=args.trust_remote_code
     )
-    result = fuse_folder(
-        base,
-        Path(args.adapter),
-        out,
+    job = FuseJob(
+        base=base,
+        adapter=Path(args.adapter),
+        out=out,
         store=args.store,
         num_tokens=args.num_tokens,
-        progress=console.progress,
         trust_remote_code=args.trust_remote_code,
     )
+    result = fuse_folder(job, console.progress)
     console.result(result, _text(result))
     return 0
 
