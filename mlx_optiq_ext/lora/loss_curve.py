@@ -29,7 +29,7 @@ def loss_scene(metrics: Sequence[Metric], title: str, unit: str) -> Scene | None
     losses = [metric.loss for metric in metrics]
     margin = 0.05 * (max(losses) - min(losses)) or 0.05 * max(abs(losses[0]), 1.0)
     y_axis = LinearAxis(low=min(losses) - margin, high=max(losses) + margin)
-    x_axis = LinearAxis(low=0.0, high=float(max(1, *(metric.step for metric in metrics), 1)))
+    x_axis = LinearAxis(low=0.0, high=float(max(1, metrics[-1].step)))
 
     def place(step: float, loss: float) -> tuple[float, float]:
         x = _LEFT + x_axis.fraction(step) * (_WIDTH - _LEFT - _RIGHT)
