@@ -5,6 +5,7 @@ to that. Called by ``optiq lora fuse``.
 """
 
 import shutil
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlx_optiq_ext.hub.fingerprint import other_weights
 from mlx_optiq_ext.lora.factors import Adapter
 from mlx_optiq_ext.lora.files import locate_factors, read_adapter
 from mlx_optiq_ext.lora.fuse import Store, fuse_modules
-from mlx_optiq_ext.lora.layers import adapt_modules, base_of, set_factors
+from mlx_optiq_ext.lora.layers import adapt_modules, set_factors
 from mlx_optiq_ext.lora.residual import input_moments_of
 from mlx_optiq_ext.lora.targets import choice_of
 from mlx_optiq_ext.measure.calibration import load_windows
@@ -28,6 +29,8 @@ from mlx_optiq_ext.measure.divergence import kl_divergence
 from mlx_optiq_ext.measure.records import Split
 from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.load import float_dtype, load_model, load_tokenizer
+from mlx_optiq_ext.models.walk import get_module
+from mlx_optiq_ext.quant.exact import make_exact
 from mlx_optiq_ext.quant.write import CheckpointWriter
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
@@ -35,7 +38,7 @@ from mlx_optiq_ext.types.quant import KEEP, BitMap
 
 __all__ = ["FuseJob", "FuseResult", "fuse_folder"]
 
-_SPLITS: tuple[Split, ...] = ("calibration", "held_out")
+_REMEDY = "fuse with --num-tokens 0, which compares nothing"
 _WINDOW = 128
 _LEFT_OUT = ("model*.safetensors", "model.safetensors.index.json", "README.md", ".gitattributes")
 
@@ -89,12 +92,16 @@ def fuse_folder(job: FuseJob, progress: ProgressSink = ignore_progress) -> FuseR
         wrong = other_weights(made_for, base) if made_for is not None and made_for.sha256 else ""
         if wrong:
             raise FingerprintMismatch(f"{job.adapter} {wrong}; fuse it into its own base")
+        # What is written is never run: running casts weights.
         model, config = load_model(base, trust_remote_code=trust)
         adapter = locate_factors(read, model)
         tokenizer = load_tokenizer(base, trust_remote_code=trust)
-        windows = {split: _tokens(tokenizer, split, job.num_tokens) for split in _SPLITS}
-        fused, numbers = _fuse(model, adapter, job.store, windows, float_dtype(model, config), progress)
-        model.update_modules(tree_unflatten(list(fused.items())))
+        importance = _importance(job, adapter, tokenizer, progress)
+        fused = fuse_modules(
+            model, adapter, store=job.store, importance=importance, float_dtype=float_dtype(model, config)
+        )
+        numbers = _compare(job, adapter, fused, tokenizer, progress)
+        _put(model, fused)
         nbytes = _write(working, model, config, base, tokenizer, progress)
     added = [after for _, after in numbers]
     return FuseResult(
@@ -110,58 +117,66 @@ def fuse_folder(job: FuseJob, progress: ProgressSink = ignore_progress) -> FuseR
 
 
 def _tokens(tokenizer: Any, split: Split, num_tokens: int) -> mx.array:
-    if not num_tokens:
-        return mx.zeros((0, _WINDOW), dtype=mx.int32)
     return mx.array(load_windows(tokenizer, split=split, num_tokens=num_tokens, window=_WINDOW).tokens)
 
 
-def _fuse(
-    model: nn.Module,
-    adapter: Adapter,
-    store: Store,
-    windows: dict[Split, mx.array],
-    dtype: mx.Dtype,
-    progress: ProgressSink,
-) -> tuple[dict[str, nn.Module], list[tuple[float, float]]]:
-    """The fused modules, and per held-out window the divergences of base and fused model."""
+def _importance(
+    job: FuseJob, adapter: Adapter, tokenizer: Any, progress: ProgressSink
+) -> dict[str, mx.array]:
+    """Second moments of what goes into the modules that will be packed again, adapter included."""
+    if job.store == "dense" or not job.num_tokens:
+        return {}
+    model, _ = load_model(job.base, trust_remote_code=job.trust_remote_code)
+    modules = {path: get_module(model, path) for path in adapter.factors}
+    packed = {path: module for path, module in modules.items() if choice_of(module) is not None}
+    if not packed:
+        return {}
+    progress(Progress(stage="fit", done=0, total=len(packed)))
+    _adapt(model, adapter)
+    moments = input_moments_of(model, _tokens(tokenizer, "calibration", job.num_tokens), packed)
+    return {path: mx.array(values) for path, values in moments.items()}
+
+
+def _compare(
+    job: FuseJob, adapter: Adapter, fused: dict[str, nn.Module], tokenizer: Any, progress: ProgressSink
+) -> list[tuple[float, float]]:
+    """Per held-out window: KL(base with adapter ‖ base) and KL(base with adapter ‖ fused)."""
+    if not job.num_tokens:
+        return []
+    model, _ = load_model(job.base, trust_remote_code=job.trust_remote_code)
+    make_exact(model, "the base", remedy=_REMEDY)
+    bases = {path: get_module(model, path) for path in adapter.factors}
+    # Copies: what is written keeps its type.
+    holder = nn.Module()
+    holder.parts = [copy(module) for module in fused.values()]
+    make_exact(holder, "the fused modules", remedy=_REMEDY)
+    stored = dict(zip(fused, holder.parts, strict=True))
+    layers = _adapt(model, adapter)
+    held_out = _tokens(tokenizer, "held_out", job.num_tokens)
+    run: Any = model
+    numbers = []
+    for window in range(held_out.shape[0]):
+        progress(Progress(stage="compare", done=window, total=held_out.shape[0]))
+        logits = []
+        for modules in (layers, bases, stored):
+            _put(model, modules)
+            logits.append(run(held_out[window : window + 1]))
+            mx.eval(logits[-1])
+        before, after = (float(kl_divergence(logits[0], other).mean()) for other in logits[1:])
+        numbers.append((before, after))
+        mx.clear_cache()
+    return numbers
+
+
+def _adapt(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+    """Put the adapter onto the model."""
     config, factors = adapter
-    modules = dict(model.named_modules())
-    bases = {path: modules[path] for path in factors}
     layers = adapt_modules(model, config.ranks, scale=config.scale)
     for path, layer in layers.items():
         set_factors(layer, factors[path])
         layer.scale = config.scale_of(path)
     model.eval()
-    importance: dict[str, mx.array] = {}
-    quantized = {path: base for path, base in bases.items() if choice_of(base) is not None}
-    if store == "same" and quantized and windows["calibration"].shape[0]:
-        progress(Progress(stage="fit", done=0, total=len(quantized)))
-        importance = {
-            path: mx.array(moments)
-            for path, moments in input_moments_of(model, windows["calibration"], quantized).items()
-        }
-    _put(model, bases)
-    fused = fuse_modules(model, adapter, store=store, importance=importance, float_dtype=dtype)
-    numbers = []
-    run: Any = model
-    held_out = windows["held_out"]
-    for window in range(held_out.shape[0]):
-        progress(Progress(stage="compare", done=window, total=held_out.shape[0]))
-        logits = []
-        for chosen in (layers, bases, fused):
-            _put(model, chosen)
-            logits.append(run(held_out[window : window + 1]))
-            mx.eval(logits[-1])
-        with_adapter, plain, stored = logits
-        numbers.append(
-            (
-                float(kl_divergence(with_adapter, plain).mean()),
-                float(kl_divergence(with_adapter, stored).mean()),
-            )
-        )
-        mx.clear_cache()
-    assert all(base_of(layers[path]) is base for path, base in bases.items())
-    return fused, numbers
+    return layers
 
 
 def _put(model: nn.Module, modules: dict[str, Any]) -> None:

@@ -155,15 +155,17 @@ def _columns(model: nn.Module, path: str) -> int:
     return target.outputs if target.kind == "embedding" else target.inputs
 
 
-def base_folder(folder: Path, label: str, config: dict[str, Any]) -> ModelRef:
+def base_folder(folder: Path, label: str, config: dict[str, Any], dtype: mx.Dtype = mx.float32) -> ModelRef:
     model = quantized_model(label, config)
     folder.mkdir()
     writer = CheckpointWriter(folder)
     for name, array in tree_flatten(model.parameters()):
-        writer.add(name, array)
+        writer.add(name, array.astype(dtype) if array.dtype == mx.float32 else array)
     choices = {t.path: t.choice for t in list_targets(model) if t.choice is not None}
     writer.finish(
-        {**config, "torch_dtype": "float32"}, BitMap(choices=choices), tokenizer=byte_tokenizer(320)
+        {**config, "torch_dtype": str(dtype).removeprefix("mlx.core.")},
+        BitMap(choices=choices),
+        tokenizer=byte_tokenizer(320),
     )
     (folder / "generation_config.json").write_text('{"temperature": 0.5}')
     (folder / "optiq_vision.safetensors").write_bytes(b"kept")
@@ -203,6 +205,28 @@ def test_a_fused_folder_is_a_model_for_stock_mlx_lm(label: str, family: str, tmp
     assert read_json(tmp_path / "same" / "generation_config.json") == {"temperature": 0.5}
     with pytest.raises(OutputExists):
         fuse_folder(FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "same"))
+
+
+@pytest.mark.parametrize("store", ["same", "dense"])
+def test_what_an_adapter_leaves_alone_is_written_as_it_was(store: Any, tmp_path: Path) -> None:
+    ref = base_folder(tmp_path / "base", "4g64", LLAMA, mx.bfloat16)
+    model = quantized_model("4g64")
+    path = "model.layers.0.mlp.up_proj"
+    write_adapter(tmp_path / "adapter", adapter_on(model, {path: 3}))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["optiq"]["base"] = None
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    job = FuseJob(base=ref, adapter=tmp_path / "adapter", out=tmp_path / "out", store=store, num_tokens=256)
+    fuse_folder(job)
+    old, new = (mx.load(str(tmp_path / folder / "model.safetensors")) for folder in ("base", "out"))
+    for name, array in new.items():
+        if name.startswith(f"{path}."):
+            assert array.dtype == (mx.uint32 if name.endswith("weight") and store == "same" else mx.bfloat16)
+        else:
+            assert array.dtype == old[name].dtype
+            assert mx.array_equal(array, old[name]).item()
+    kept = {name for name in old if store == "same" or not name.startswith(path)}
+    assert kept | {f"{path}.weight"} == set(new)
 
 
 def test_an_adapter_of_other_weights_is_not_fused(tmp_path: Path) -> None:
