@@ -113,10 +113,12 @@ class Steering:
         """Bits of the tokens that the grammar allows."""
         if not self._in_grammar:
             return np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+        # A matcher that fails while it computes allows the end of the turn and says why only afterwards.
+        mask = b"" if self._matcher.get_error() else self._matcher.compute_bitmask()
         error = self._matcher.get_error()
         if error:
-            raise RequestError(f"the answer cannot go on within its grammar: {error}")
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32).copy()
+            raise RequestError(f"the answer cannot go on within its grammar: {error.splitlines()[0]}")
+        bits = np.frombuffer(mask, dtype=np.uint32).copy()
         if not bits.any():
             raise RequestError("the answer cannot go on within its grammar: no token fits")
         return bits

@@ -14,7 +14,9 @@ from support_models import LLAMA, tiny_model
 
 from mlx_optiq_ext.engine.constrain import Constrainer
 from mlx_optiq_ext.engine.prompt import Rendered
+from mlx_optiq_ext.engine.reasoning import ReasoningTrack
 from mlx_optiq_ext.engine.sampling import make_sampler
+from mlx_optiq_ext.engine.steer import Steering
 from mlx_optiq_ext.errors import RequestError, UsageError
 from mlx_optiq_ext.types.chat import (
     Constraint,
@@ -246,6 +248,26 @@ def test_keywords_that_no_grammar_has_are_left_to_the_model_in_tools() -> None:
     )
     request = _request(tools=(tool,), tool_choice=ToolChoice(mode="required"))
     assert Constrainer(family_tokenizer("json_tools"), VOCAB).processor(request, _rendered()) is not None
+
+
+class _Exhausted:
+    """A matcher that runs out of its limits while it computes: then it allows the end of the turn alone."""
+
+    error = ""
+
+    def get_error(self) -> str:
+        return self.error
+
+    def compute_bitmask(self) -> bytes:
+        self.error = "lexer error: too many expressions constructed\n<state>\nTokens: of the answer"
+        return np.array([1] + [0] * (VOCAB // 32), dtype=np.uint32).tobytes()
+
+
+def test_a_grammar_that_runs_out_of_limits_ends_with_an_error_and_not_as_if_it_were_done() -> None:
+    steering = Steering(ReasoningTrack((), (), is_open=False, budget=None), _Exhausted(), ends=[0])
+    with pytest.raises(RequestError, match="too many expressions constructed") as caught:
+        steering(mx.array(_PROMPT), mx.zeros((1, VOCAB)))
+    assert "<state>" not in str(caught.value)
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
