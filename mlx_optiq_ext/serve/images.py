@@ -40,6 +40,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip in ipaddress.ip_network("64:ff9b::/96"):
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in ipaddress.ip_network("2000::/3"):  # all global unicast addresses (RFC 4291, IANA)
+            return False
     return ip.is_global and not ip.is_multicast
 
 
