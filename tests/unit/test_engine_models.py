@@ -178,6 +178,17 @@ def test_other_weights_share_no_prefix(tmp_path: Path) -> None:
             engine.close()
 
 
+def test_other_types_of_numbers_share_no_prefix(folder: Path, tmp_path: Path) -> None:
+    eight = Choice(bits=8, group_size=32)
+    stored = KVConfig(layers=tuple(KVLayer(index=k, k=eight, v=eight) for k in range(2)))
+    for dtype in ("float32", "bfloat16"):
+        engine = engine_on(spec_of(folder, stored), prompt_cache_dir=str(tmp_path / "kept"), dtype=dtype)
+        try:
+            assert Started(cached_tokens=0) in ask(engine, greedy(_prompt(600), 4))
+        finally:
+            engine.close()
+
+
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_next"])
 def test_models_that_forget_reuse_prefixes_from_checkpoints(tmp_path: Path, family: str) -> None:
     folder = save_family(tmp_path / family, family)
