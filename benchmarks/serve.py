@@ -180,13 +180,13 @@ def growth(server: Server, requests: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def servers(model: str, folder: Path) -> Iterator[list[Server]]:
+def servers(model: str, folder: Path, prompt_cache: str = "2GB") -> Iterator[list[Server]]:
     ports = [_free_port(), _free_port()]
     commands = {
         "stock": [sys.executable, "-c", STOCK, "--model", model, "--port", str(ports[0])],
         "ours": [
             *(sys.executable, "-m", "mlx_optiq_ext", "serve", "--model", model, "--port", str(ports[1])),
-            *("--prompt-cache", "1GB"),
+            *("--prompt-cache", prompt_cache),
         ],
     }
     running = []
@@ -221,6 +221,8 @@ def main() -> None:
                     for name, value in measure(server, f"round {each}").items():
                         seen[server.name].setdefault(name, []).append(value)
                         print(f"{server.name:6s} {name:45s} {value:9.3f}", file=sys.stderr, flush=True)
+    # Prefixes in a cache that is full before the count begins.
+    with tempfile.TemporaryDirectory() as folder, servers(args.model, Path(folder), "100MB") as running:
         for server in running:
             for name, value in growth(server, args.requests).items():
                 seen[server.name].setdefault(name, []).append(value)
