@@ -2,6 +2,7 @@
 
 from mlx_optiq_ext.engine.batch import Batch
 from mlx_optiq_ext.engine.job import Job
+from mlx_optiq_ext.engine.prefix_cache import PrefixCache
 from mlx_optiq_ext.engine.served import Loaded
 from mlx_optiq_ext.errors import Overloaded
 from mlx_optiq_ext.quant.size import format_nbytes
@@ -15,10 +16,18 @@ _AHEAD = 512
 """Answer tokens that a row must have room for before it starts, and as it goes on."""
 
 
-def may_join(batch: Batch, job: Job) -> bool:
-    """Whether a prompt may be computed now: short ones beside others, long ones when no other is left."""
+def may_join(batch: Batch, job: Job, prefixes: PrefixCache) -> bool:
+    """Whether a prompt may be computed now: what has little left to compute beside others, else alone."""
     prefilling = batch.prefilling
-    return not prefilling or (len(job.prompt) <= _SHORT_PROMPT and len(prefilling) < _TOGETHER)
+    if not prefilling:
+        return True
+    if len(prefilling) >= _TOGETHER:
+        return False
+    if len(job.prompt) <= _SHORT_PROMPT:
+        return True
+    if job.looked_up != prefixes.version:
+        job.looked_up, job.known_tokens = prefixes.version, prefixes.longest(batch.cache_key(job), job.prompt)
+    return len(job.prompt) - job.known_tokens <= _SHORT_PROMPT
 
 
 def reserved_tokens(job: Job) -> int:

@@ -140,7 +140,7 @@ class LocalEngine:
         model = self._require_ready(request)
         self._prompts.run(
             self._specs[model],
-            lambda loaded: settle(future, lambda: len(loaded.renderer.render(request).tokens)),
+            lambda loaded: settle(future, lambda: len(loaded.render(request).tokens)),
             partial(refuse, future),
         )
         return future
@@ -233,8 +233,7 @@ class LocalEngine:
             job.finish("cancelled")
             return
         request = job.request
-        rendered = loaded.renderer.render(request)
-        loaded.check_tokens(rendered.tokens, "prompt")
+        rendered = loaded.render(request)
         left = loaded.context - len(rendered.tokens)
         if left <= 0:
             raise PromptTooLong(len(rendered.tokens), loaded.context)

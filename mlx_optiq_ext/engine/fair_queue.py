@@ -41,7 +41,17 @@ class FairQueue(Generic[T]):
         Raises:
             KeyError: Nothing waits.
         """
-        session, waiting = self._sessions.popitem(last=False)
+        return self._take(next(iter(self._sessions), ""))
+
+    def take(self, may: Callable[[T], bool]) -> T | None:
+        """Take the first one in turn that may be taken now; a session's second waits for its first."""
+        for session, waiting in self._sessions.items():
+            if may(waiting[0]):
+                return self._take(session)
+        return None
+
+    def _take(self, session: str) -> T:
+        waiting = self._sessions.pop(session)
         item = waiting.popleft()
         if waiting:
             self._sessions[session] = waiting

@@ -63,6 +63,9 @@ class Job:
         self.checkpoints: dict[int, Checkpoint] = {}
         self.cached_tokens = 0
         self.prefilled_tokens = 0
+        self.known_tokens = 0
+        self.looked_up = -1
+        """State of the prefix cache in which ``known_tokens`` of the prompt were there."""
         self.adapter: Mounted | None = None
         self.release: Callable[[], None] = lambda: None
         """Lets go of the adapter, once, when the job has ended."""

@@ -82,11 +82,7 @@ class Owner:
 
     def close(self, timeout_s: float) -> None:
         """Cancel what runs, keep prefixes where they survive, end the thread."""
-
-        def closing() -> None:
-            self._closing = True
-
-        self.call(closing)
+        self.call(lambda: setattr(self, "_closing", True))
         self._thread.join(timeout_s)
 
     # The rest runs on the owner thread only.
@@ -169,21 +165,29 @@ class Owner:
             self._commands.get_nowait()()
 
     def _admit(self) -> None:
-        """Start what may start, in turn."""
-        while (job := self.waiting.peek()) is not None:
+        """Start what may start, in turn; who waits for memory is not overtaken."""
+        starving: list[Job] = []
+        while (job := self.waiting.take(lambda each: self._may_start(each, starving))) is not None:
             loaded = self.models.get(job.model)
             if loaded is None:
-                self.waiting.pop().fail(EngineError(f"{job.model} was unloaded", retry_after_s=1))
-                continue
-            batch = self._batch(loaded)
-            if len(batch.rows) >= self.options.max_rows or not may_join(batch, job):
-                return
-            if not self._make_room(loaded, batch, job):
-                if any(other.rows for other in self.batches.values()):
-                    return
-                self.waiting.pop().fail(no_room(loaded, job))
-                continue
-            self._start(batch, self.waiting.pop())
+                job.fail(EngineError(f"{job.model} was unloaded", retry_after_s=1))
+            elif not self._make_room(loaded, self._batch(loaded), job):
+                job.fail(no_room(loaded, job))
+            else:
+                self._start(self._batch(loaded), job)
+
+    def _may_start(self, job: Job, starving: list[Job]) -> bool:
+        """Whether a job can go now, if only to be refused; else it may be noted as waiting for memory."""
+        loaded = self.models.get(job.model)
+        if starving or loaded is None:
+            return not starving
+        batch = self._batch(loaded)
+        if len(batch.rows) >= self.options.max_rows or not may_join(batch, job, self.prefixes):
+            return False
+        if not self._make_room(loaded, batch, job) and any(other.rows for other in self.batches.values()):
+            starving.append(job)
+            return False
+        return True
 
     def _start(self, batch: Batch, job: Job) -> None:
         self.counters.requests += 1
@@ -205,6 +209,7 @@ class Owner:
         left = self._left()
         if needed > left:
             return False
+        self.prefixes.longest(batch.cache_key(job), job.prompt)  # what it will go on from goes last
         self.prefixes.shrink_to(min(self.prefixes.limit_nbytes, left - needed))
         return True
 

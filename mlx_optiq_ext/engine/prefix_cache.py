@@ -70,6 +70,8 @@ class PrefixCache:
         self._entries: list[tuple[str, Snapshot]] = []
         """Least recently used first."""
         self._counts = _Counts()
+        self.version = 0
+        """Counts what was put in."""
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +101,11 @@ class PrefixCache:
         self._counts.reused_tokens += found.length
         return found
 
+    def longest(self, key: str, tokens: Sequence[int]) -> int:
+        """Tokens of a prompt that are at hand in memory; they count as just used, and not as a lookup."""
+        found = self._best(key, np.asarray(tokens[:-1], dtype=np.int32))
+        return found.length if found else 0
+
     def put(self, key: str, snapshot: Snapshot) -> None:
         """Keep a snapshot; those that it replaces go, then the least recently used."""
         if self.limit_nbytes <= 0 or len(snapshot) < _LEAST_TOKENS:
@@ -109,17 +116,19 @@ class PrefixCache:
             (known, old) for known, old in self._entries if known != key or not snapshot.replaces(old)
         ]
         self._entries.append((key, snapshot))
+        self.version += 1
         self.shrink_to(self.limit_nbytes)
 
     def shrink_to(self, nbytes: int) -> int:
-        """Drop the least recently used until no more than ``nbytes`` are held; the bytes that went."""
+        """Drop the least recently used until no more than ``nbytes`` are held; the bytes that went.
+
+        Nothing is written now, for rows wait: what :meth:`flush` wrote before is still on disk.
+        """
         before = held = self.nbytes
         while self._entries and held > nbytes:
-            key, snapshot = self._entries.pop(0)
+            _, snapshot = self._entries.pop(0)
             held -= snapshot.nbytes
             self._counts.evictions += 1
-            if self._lower is not None:
-                self._lower.keep(key, snapshot)
         return before - held
 
     def flush(self, go_on: Callable[[], bool] = lambda: True) -> bool:

@@ -3,8 +3,6 @@
 Knows how one model is opened and nothing of requests. Called by ``owner`` on the owner thread.
 """
 
-import json
-import logging
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
+from mlx_optiq_ext.engine.defaults import default_sampling
 from mlx_optiq_ext.engine.embed import embed_in_pieces
 from mlx_optiq_ext.engine.memory import CacheSizes
-from mlx_optiq_ext.engine.prompt import Renderer
+from mlx_optiq_ext.engine.prompt import Rendered, Renderer
+from mlx_optiq_ext.engine.prompt_size import longest_token, require_tokenizable
 from mlx_optiq_ext.engine.snapshot import forgets
 from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, PromptTooLong, RequestError, ResourceError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
@@ -30,7 +30,7 @@ from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.load import cast_floats, float_dtype, load_model, load_tokenizer
 from mlx_optiq_ext.quant.size import format_nbytes
-from mlx_optiq_ext.types.chat import Sampling
+from mlx_optiq_ext.types.chat import Generation, Sampling
 from mlx_optiq_ext.types.kv import KVConfig
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.port import Embeddings
@@ -42,9 +42,6 @@ __all__ = ["Loaded", "ModelSpec", "load"]
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 _CONTEXT_UNKNOWN = 8192
-_TEMPERATURE = 0.7
-"""Where neither the request, nor the user, nor the model says one."""
-_log = logging.getLogger(__name__)
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -86,7 +83,8 @@ class Loaded:
         self.renderer = Renderer(tokenizer, reasoning=options.reasoning)
         self.constrainer = Constrainer(tokenizer, self.vocab_size)
         self.stops = StopSequences([(token,) for token in tokenizer.eos_token_ids])
-        self.defaults = _defaults(Path(spec.ref.path), options)
+        self._longest_token = longest_token(tokenizer)
+        self.defaults = default_sampling(Path(spec.ref.path), options)
         self.sizes = CacheSizes(model, self.fresh_caches)
         self._weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
         self.model_context = _model_context(config)
@@ -152,6 +150,17 @@ class Loaded:
         if wrong is not None:
             message = f"token {tokens[wrong]} is not one of the model's {self.vocab_size}"
             raise RequestError(message, param=f"{param}[{wrong}]")
+
+    def render(self, request: Generation) -> Rendered:
+        """Prompt tokens of a request.
+
+        Raises:
+            RequestError: It cannot be rendered, or has far more text than the context holds.
+        """
+        require_tokenizable(request, self.context, self._longest_token)
+        rendered = self.renderer.render(request)
+        self.check_tokens(rendered.tokens, "prompt")
+        return rendered
 
     def embed(self, inputs: Sequence[str | Sequence[int]]) -> Generator[None, None, Embeddings]:
         """One unit vector per text or tokens; a piece at a time.
@@ -258,28 +267,6 @@ def _vocab_size(model: nn.Module) -> int:
     run: Any = model
     out = run(mx.zeros((1, 1), dtype=mx.int32))
     return int(getattr(out, "logits", out).shape[-1])
-
-
-def _defaults(folder: Path, options: ServeOptions) -> Sampling:
-    """Sampling where a request says nothing: what the user set, else generation_config.json of the model."""
-    own: Any = {}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        try:
-            own = json.loads(file.read_text("utf-8"))
-        except ValueError:
-            _log.warning("%s: generation_config.json is not JSON; its sampling is not used", folder.name)
-    own = own if isinstance(own, dict) else {}
-    return Sampling(
-        temperature=_number(options.temperature, own.get("temperature"), _TEMPERATURE),
-        top_p=_number(options.top_p, own.get("top_p"), 1.0),
-        top_k=int(_number(own.get("top_k"), 0)),
-        min_p=_number(own.get("min_p"), 0.0),
-    )
-
-
-def _number(*candidates: Any) -> float:
-    return next(float(value) for value in candidates if isinstance(value, int | float))
 
 
 def _stored_bpw(config: dict[str, Any], nbytes: int, model: nn.Module) -> float | None:

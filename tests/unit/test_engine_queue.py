@@ -22,6 +22,16 @@ def test_sessions_take_turns() -> None:
         queue.pop()
 
 
+def test_what_may_not_go_is_passed_by_and_keeps_its_place() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "b1", "c1"):
+        queue.push(item[0], item)
+    assert queue.take(lambda item: item != "a1") == "b1"
+    assert queue.take(lambda item: item == "a2") is None, "a session's second waits for its first"
+    assert queue.take(lambda _: True) == "a1"
+    assert [queue.pop(), queue.pop()] == ["c1", "a2"]
+
+
 def test_unwanted_things_leave_the_queue() -> None:
     queue: FairQueue[int] = FairQueue()
     for item in range(6):

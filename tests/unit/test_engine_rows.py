@@ -183,6 +183,34 @@ def test_the_answer_is_clamped_to_the_context(engine: LocalEngine) -> None:
     assert "2048 tokens > 2048 maximum" in refused[0].message
 
 
+def test_far_too_much_text_is_refused_before_it_is_tokenized(
+    engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = engine._owner.models.get("tiny")
+    assert loaded is not None
+    monkeypatch.setattr(loaded, "renderer", None)
+    [refused] = ask(engine, greedy("word " * 1_000_000, 1))
+    assert isinstance(refused, Failed)
+    assert (refused.kind, refused.status, refused.limit) == ("PromptTooLong", 400, 2048)
+    with pytest.raises(PromptTooLong):
+        engine.count_tokens(greedy("word " * 1_000_000, 1)).result(10)
+
+
+def test_a_long_prompt_that_is_known_joins_one_that_is_not(folder: Path) -> None:
+    engine = engine_on(spec_of(folder), prefill_step=32)
+    try:
+        known = _prompt(900, 11)
+        ask(engine, greedy(known, 1))
+        slow = Asked(engine, greedy(_prompt(1900, 12), 40))
+        slow.until(Prefilled)
+        second = ask(engine, greedy((*known, 1, 2), 2))
+        assert Started(cached_tokens=900) in second
+        assert not any(isinstance(event, TextDelta) for event in slow.events)
+        assert isinstance(slow.end()[-1], Finished)
+    finally:
+        engine.close()
+
+
 def test_a_failing_step_fails_its_rows_and_not_the_engine(engine: LocalEngine) -> None:
     before = text_of(ask(engine, greedy(_prompt(30), 10)))
     model: Any = engine._owner.models.get("tiny").model  # type: ignore[union-attr]
