@@ -58,8 +58,9 @@ def plan_for(
 ) -> RankMap:
     """Decide the rank of some modules.
 
-    by_sensitivity takes, one rank at a time, what removes most estimated divergence per parameter, until the
-    parameters of the constant rank (or ``max_parameters``) are spent; no module gets less than 1.
+    by_sensitivity gives half of ``rank`` to every module, for what is learnt has to go everywhere, and then
+    takes, one rank at a time, what removes most estimated divergence per parameter, until the parameters of
+    the constant rank (or ``max_parameters``) are spent.
 
     Args:
         targets: The modules.
@@ -74,11 +75,11 @@ def plan_for(
     harm = _harm(targets, table) if table is not None else {}
     scaling, notes = _scaling(options, table, harm)
     if scaling == "by_sensitivity":
-        ceiling = options.max_parameters or _total(targets, lambda _: options.rank)
+        ceiling = options.max_parameters or _flat(targets, options.rank)
         potential = {
             t.path: harm[t.path] * shares(_spectrum(t, spectra or {})) for t in targets if t.path in harm
         }
-        ranks = _fill(targets, potential, ceiling)
+        ranks = _fill(targets, potential, ceiling, options.rank // 2)
         measured = sum(t.path in (spectra or {}) for t in targets)
         return RankMap(
             ranks=ranks,
@@ -162,12 +163,19 @@ def _spectrum(target: LoraTarget, spectra: Mapping[str, Spectrum]) -> Spectrum:
     return noise_spectrum(target.inputs, target.outputs) if found is None else found
 
 
-def _fill(targets: Sequence[LoraTarget], potential: Mapping[str, Spectrum], ceiling: int) -> dict[str, int]:
-    """Greedy over ranks, which is exact up to the last one: what each rank removes only falls."""
-    ranks = {target.path: 1 for target in targets}
-    left = ceiling - sum(target.parameters_per_rank for target in targets)
-    if left < 0:
-        raise _too_small(ceiling, ceiling - left, 1)
+def _fill(
+    targets: Sequence[LoraTarget], potential: Mapping[str, Spectrum], ceiling: int, least: int
+) -> dict[str, int]:
+    """Greedy over ranks beyond ``least``, which is exact up to the last one: what each removes only falls.
+
+    Where the ceiling does not hold ``least`` everywhere, the largest rank that it holds takes its place.
+    """
+    if _flat(targets, 1) > ceiling:
+        raise _too_small(ceiling, _flat(targets, 1), 1)
+    while least > 1 and _flat(targets, least) > ceiling:
+        least -= 1
+    ranks = {target.path: max(1, min(least, target.max_rank)) for target in targets}
+    left = ceiling - sum(ranks[target.path] * target.parameters_per_rank for target in targets)
     by_path = {target.path: target for target in targets}
     heap: list[tuple[float, int, str]] = []
 
@@ -186,6 +194,11 @@ def _fill(targets: Sequence[LoraTarget], potential: Mapping[str, Spectrum], ceil
             ranks[path] += 1
             offer(order, path)
     return ranks
+
+
+def _flat(targets: Sequence[LoraTarget], rank: int) -> int:
+    """Parameters of one rank for all."""
+    return _total(targets, lambda _: rank)
 
 
 def _total(targets: Sequence[LoraTarget], rank_of: Callable[[LoraTarget], int]) -> int:
