@@ -66,7 +66,7 @@ class Renderer:
             )
             return
         self._form = find_form(self._applied, self._control, self._syntax)
-        _log.info("the chat template takes %s", self._form)
+        _log.debug("the chat template takes %s", self._form)
 
     def render(self, request: Generation) -> Rendered:
         """The prompt of a request.

@@ -18,7 +18,7 @@ from mlx_optiq_ext.serve.protocol import limited_protocol
 from mlx_optiq_ext.types.port import Engine
 from mlx_optiq_ext.types.serve import ServeOptions
 
-__all__ = ["Server", "run_server"]
+__all__ = ["Server", "require_free_address", "run_server"]
 
 _log = logging.getLogger(__name__)
 
@@ -133,6 +133,15 @@ def run_server(
         raise
     server.serve_until_stopped()
     return EngineError.exit_code if server.engine_failed else 0
+
+
+def require_free_address(host: str, port: int) -> None:
+    """Make sure that an address can be listened on, before the long work of loading a model.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    _listen(host, port).close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

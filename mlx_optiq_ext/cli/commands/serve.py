@@ -48,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         from mlx_optiq_ext.serve.app import create_app
         from mlx_optiq_ext.serve.auth import require_key_for
-        from mlx_optiq_ext.serve.run_server import run_server
+        from mlx_optiq_ext.serve.run_server import require_free_address, run_server
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the server needs {error.name}; install it with `pip install 'mlx-optiq-ext[serve]'`"
         ) from error
     require_key_for(options.host, key)
+    require_free_address(options.host, options.port)
     # Deferred: everything above answers without MLX.
     from mlx_optiq_ext.cli.served_models import find_models
     from mlx_optiq_ext.engine.engine import LocalEngine
