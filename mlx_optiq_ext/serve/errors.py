@@ -1,4 +1,4 @@
-"""Every error of a request as one value, which each dialect renders in its own shape.
+"""Every error of a request as one value, ``Failed``, which each dialect renders in its own shape.
 
 Knows the error tree, the engine's failures and Litestar's own refusals; no dialect. Called by the exception
 handlers of all routes and by streams that fail in the middle.
@@ -19,7 +19,6 @@ from mlx_optiq_ext.types.events import Failed
 __all__ = [
     "BodyOf",
     "ExceptionHandler",
-    "Problem",
     "problem_handler",
     "problem_of",
     "problem_response",
@@ -37,38 +36,24 @@ _WORDS = {
 }
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a request gets no answer."""
-
-    status: int
-    kind: str
-    """Class name out of :mod:`mlx_optiq_ext.errors`; else ``HTTPException`` or ``InternalError``."""
-    message: str
-    param: str | None = None
-    """Path of the field to blame: ``messages[0].content``."""
-    retry_after_s: float | None = None
-    limit: int | None = None
-    """Tokens of the context, of ``PromptTooLong``."""
-
-
-BodyOf = Callable[[Problem], Any]
+BodyOf = Callable[[Failed], Any]
 """A dialect's error shape: what msgspec writes as the body."""
 ExceptionHandler = Callable[[Request[Any, Any, Any], Exception], Response[Any]]
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception) -> Failed:
     """Say what an exception means to a client; one that nobody raised on purpose is logged, not shown."""
     if isinstance(error, JobFailed):
-        return _of_failed(error.failed)
+        return error.failed
     if isinstance(error, OptiqError):
-        return _of_failed(Failed.of(error))
+        return Failed.of(error)
     if isinstance(error, HTTPException):
         message = _WORDS.get(error.status_code, error.detail)
-        return Problem(status=error.status_code, kind="HTTPException", message=message)
+        return Failed(status=error.status_code, kind="HTTPException", message=message)
     if isinstance(error, RecursionError):
-        return Problem(status=400, kind="RequestError", message="the request is nested too deeply")
+        return Failed(status=400, kind="RequestError", message="the request is nested too deeply")
     _log.error("a request failed unexpectedly", exc_info=error)
-    return Problem(
+    return Failed(
         status=500,
         kind="InternalError",
         message="an unexpected error, see the server's log; the server goes on",
@@ -90,7 +75,7 @@ def problem_handler(body_of: BodyOf, statuses: Mapping[int, int] | None = None) 
 
 
 def problem_response(
-    problem: Problem, body_of: BodyOf, statuses: Mapping[int, int] | None = None
+    problem: Failed, body_of: BodyOf, statuses: Mapping[int, int] | None = None
 ) -> Response[Any]:
     """Render a problem as an answer; 429, 503 and 529 say when to ask again."""
     status = (statuses or {}).get(problem.status, problem.status)
@@ -102,19 +87,8 @@ def problem_response(
     )
 
 
-def retry_headers(problem: Problem) -> dict[str, str]:
+def retry_headers(problem: Failed) -> dict[str, str]:
     """``Retry-After`` in whole seconds, at least one, where waiting helps."""
     if problem.retry_after_s is None and problem.status not in _RETRIED:
         return {}
     return {"retry-after": str(max(1, round(problem.retry_after_s or _RETRY_AFTER_S)))}
-
-
-def _of_failed(failed: Failed) -> Problem:
-    return Problem(
-        status=failed.status,
-        kind=failed.kind,
-        message=failed.message,
-        param=failed.param,
-        retry_after_s=failed.retry_after_s,
-        limit=failed.limit,
-    )

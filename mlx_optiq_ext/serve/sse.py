@@ -8,7 +8,7 @@ dialect: each gives an :class:`EventWriter` and a :class:`Collector`.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ __all__ = [
     "ClientLeft",
     "Collector",
     "EventWriter",
+    "StreamCollector",
     "answer_whole",
     "sse_event",
     "stream_answer",
@@ -72,6 +73,27 @@ class Collector(Protocol):
 
     def answer(self) -> Any:
         """The document, as msgspec writes it."""
+
+
+class StreamCollector:
+    """A :class:`Collector` of what a stream writer keeps anyway.
+
+    Args:
+        stream: Fed with the events; what it writes is dropped.
+        answer: The document, when all is done.
+    """
+
+    def __init__(self, stream: EventWriter, answer: Callable[[], Any]) -> None:
+        self._stream = stream
+        self.answer = answer
+
+    def first(self, accepted: Accepted) -> None:
+        """Begin."""
+        self._stream.first(accepted)
+
+    def feed(self, event: Event, choice: int) -> None:
+        """Take an event."""
+        self._stream.feed(event, choice)
 
 
 def sse_event(name: str | None, data: Any) -> bytes:
@@ -174,19 +196,7 @@ async def _send_events(run: Run, writer: EventWriter, send: Send, account: Accou
                 sent = time.monotonic()
                 await _send_more(send, chunk)
     except Exception as error:  # noqa: BLE001 - a border: headers are out, so the stream itself tells
-        await _send_more(send, writer.failed(_failed(error)))
-
-
-def _failed(error: Exception) -> Failed:
-    problem = problem_of(error)
-    return Failed(
-        kind=problem.kind,
-        message=problem.message,
-        status=problem.status,
-        retry_after_s=problem.retry_after_s,
-        param=problem.param,
-        limit=problem.limit,
-    )
+        await _send_more(send, writer.failed(problem_of(error)))
 
 
 async def _unless_left(receive: Receive, work: Coroutine[Any, Any, T], account: Account) -> T | None:

@@ -6,7 +6,7 @@ Source: Anthropic API, "Errors", and the rejection of threads that its SDK answe
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_optiq_ext.serve.errors import Problem
+from mlx_optiq_ext.types.events import Failed
 
 __all__ = ["error_body"]
 
@@ -20,7 +20,7 @@ _TYPES: Mapping[int, str] = {
 }
 
 
-def error_body(problem: Problem, request_id: str = "") -> dict[str, Any]:
+def error_body(problem: Failed, request_id: str = "") -> dict[str, Any]:
     """The body of an error; the field to blame is named in the message, there being no other place for it."""
     param = "output_config.format" if problem.param == "response_format" else problem.param
     error: dict[str, Any] = {

@@ -10,8 +10,6 @@ from typing import Any
 import msgspec
 
 from mlx_optiq_ext.serve.anthropic.errors import error_body
-from mlx_optiq_ext.serve.errors import problem_of
-from mlx_optiq_ext.serve.run import JobFailed
 from mlx_optiq_ext.serve.sse import sse_event
 from mlx_optiq_ext.serve.unseen import conceal
 from mlx_optiq_ext.types.events import (
@@ -28,7 +26,7 @@ from mlx_optiq_ext.types.events import (
     Usage,
 )
 
-__all__ = ["MessageCollector", "MessageStream"]
+__all__ = ["MessageStream"]
 
 STOP_REASONS: dict[FinishReason, str] = {
     "stop": "end_turn",
@@ -95,7 +93,7 @@ class MessageStream:
 
     def failed(self, failed: Failed) -> bytes:
         """Render the error that ends the stream."""
-        return sse_event("error", error_body(problem_of(JobFailed(failed)), self._request_id))
+        return sse_event("error", error_body(failed, self._request_id))
 
     def message(self) -> dict[str, Any]:
         """The whole message, once it is finished."""
@@ -148,25 +146,6 @@ class MessageStream:
         usage = _usage(finished.usage)
         self._message |= {**stop, "usage": usage}
         return _line("message_delta", delta=stop, usage=usage) + _line("message_stop")
-
-
-class MessageCollector:
-    """Gathers the same events into the whole message."""
-
-    def __init__(self, stream: MessageStream) -> None:
-        self._stream = stream
-
-    def first(self, accepted: Accepted) -> None:
-        """Begin the message."""
-        self._stream.first(accepted)
-
-    def feed(self, event: Event, choice: int = 0) -> None:
-        """Take an event."""
-        self._stream.feed(event, choice)
-
-    def answer(self) -> dict[str, Any]:
-        """The message."""
-        return self._stream.message()
 
 
 def _line(kind: str, **values: Any) -> bytes:

@@ -8,13 +8,13 @@ from litestar import Request, Response, Router, post
 from litestar.types import ASGIApp
 
 from mlx_optiq_ext.serve.anthropic.errors import error_body
-from mlx_optiq_ext.serve.anthropic.from_events import MessageCollector, MessageStream
+from mlx_optiq_ext.serve.anthropic.from_events import MessageStream
 from mlx_optiq_ext.serve.anthropic.schema import CountTokensRequest, MessagesRequest
 from mlx_optiq_ext.serve.anthropic.to_generation import session_of, to_generation
 from mlx_optiq_ext.serve.body import decode_body
 from mlx_optiq_ext.serve.errors import problem_of, problem_response
 from mlx_optiq_ext.serve.serving import serving_of
-from mlx_optiq_ext.serve.sse import answer_whole, stream_answer, until_left
+from mlx_optiq_ext.serve.sse import StreamCollector, answer_whole, stream_answer, until_left
 from mlx_optiq_ext.types.chat import Generation
 
 __all__ = ["answer_problem", "router"]
@@ -38,7 +38,7 @@ async def create_message(request: Request[Any, Any, Any]) -> ASGIApp:
     stream = MessageStream(omit_thinking=hidden, request_id=name)
     if body.stream:
         return stream_answer(run, stream, {"request-id": name})
-    return answer_whole(run, MessageCollector(stream), {"request-id": name})
+    return answer_whole(run, StreamCollector(stream, stream.message), {"request-id": name})
 
 
 @post("/v1/messages/count_tokens", status_code=200)

@@ -9,13 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_optiq_ext.serve.openai.from_events import DONE, FINISH_REASONS, KEEPALIVE, error_event
+from mlx_optiq_ext.serve.openai.chunks import FINISH_REASONS, ChunkStream
 from mlx_optiq_ext.serve.openai.usage import UsageSum
-from mlx_optiq_ext.serve.sse import sse_event
 from mlx_optiq_ext.types.events import (
     Accepted,
     Event,
-    Failed,
     Finished,
     ReasoningDelta,
     TextDelta,
@@ -25,7 +23,7 @@ from mlx_optiq_ext.types.events import (
 __all__ = ["CompletionCollector", "CompletionStream"]
 
 
-class CompletionStream:
+class CompletionStream(ChunkStream):
     """Writes ``text_completion`` events.
 
     Args:
@@ -35,10 +33,8 @@ class CompletionStream:
     """
 
     def __init__(self, echoes: Sequence[str], usage: UsageSum, *, include_usage: bool = False) -> None:
+        super().__init__(_head(), usage, include_usage=include_usage)
         self._echoes = echoes
-        self._usage = usage
-        self._include_usage = include_usage
-        self._head = _head()
         self._offsets = [len(echo) for echo in echoes]
 
     def first(self, accepted: Accepted) -> bytes:
@@ -56,27 +52,10 @@ class CompletionStream:
             return self._chunk(choice, "", FINISH_REASONS[event.reason]) + self._end(event)
         return b""
 
-    def heartbeat(self) -> bytes:
-        """A comment, which every client skips."""
-        return KEEPALIVE
-
-    def failed(self, failed: Failed) -> bytes:
-        """The error that ends the stream."""
-        return error_event(failed)
-
     def _chunk(
         self, choice: int, text: str, reason: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> bytes:
-        told = {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        usage = {"usage": None} if self._include_usage else {}
-        return sse_event(None, {**self._head, "choices": [told], **usage})
-
-    def _end(self, finished: Finished) -> bytes:
-        if not self._usage.add(finished.usage):
-            return b""
-        if not self._include_usage:
-            return DONE
-        return sse_event(None, {**self._head, "choices": [], "usage": self._usage.document()}) + DONE
+        return self._told({"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason})
 
 
 class CompletionCollector:

@@ -6,7 +6,7 @@ Source: OpenAI API reference, "Error codes"; the words on a full context are wha
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_optiq_ext.serve.errors import Problem
+from mlx_optiq_ext.types.events import Failed
 
 __all__ = ["STATUSES", "error_body"]
 
@@ -23,7 +23,7 @@ _CODES: Mapping[str, str] = {
 }
 
 
-def error_body(problem: Problem) -> dict[str, Any]:
+def error_body(problem: Failed) -> dict[str, Any]:
     """The body of an error."""
     message = problem.message
     if problem.limit is not None:

@@ -6,20 +6,14 @@ Source: OpenAI API reference, "Chat completions: streaming"; ``reasoning_content
 
 import secrets
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from mlx_optiq_ext.serve.errors import problem_of
-from mlx_optiq_ext.serve.openai.errors import error_body
+from mlx_optiq_ext.serve.openai.chunks import FINISH_REASONS, ChunkStream
 from mlx_optiq_ext.serve.openai.usage import UsageSum
-from mlx_optiq_ext.serve.run import JobFailed
-from mlx_optiq_ext.serve.sse import sse_event
 from mlx_optiq_ext.types.events import (
     Accepted,
     Event,
-    Failed,
     Finished,
-    FinishReason,
     ReasoningDelta,
     TextDelta,
     TokenLogprob,
@@ -27,23 +21,13 @@ from mlx_optiq_ext.types.events import (
     ToolCallStart,
 )
 
-__all__ = ["DONE", "FINISH_REASONS", "KEEPALIVE", "ChatCollector", "ChatStream", "error_event"]
+__all__ = ["ChatCollector", "ChatStream"]
 
-FINISH_REASONS: Mapping[FinishReason, str] = {
-    "stop": "stop",
-    "stop_sequence": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-    # The server ended it: the answer is cut short, as by a limit.
-    "cancelled": "length",
-}
-DONE = b"data: [DONE]\n\n"
-KEEPALIVE = b": keepalive\n\n"
 _LEAST_LOGPROB = -9999.0
 """Stands for impossible tokens, whose logarithm JSON cannot say."""
 
 
-class ChatStream:
+class ChatStream(ChunkStream):
     """Writes ``chat.completion.chunk`` events.
 
     Args:
@@ -52,13 +36,9 @@ class ChatStream:
     """
 
     def __init__(self, num_choices: int = 1, *, include_usage: bool = False) -> None:
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion.chunk"}
+        super().__init__(head, UsageSum(num_choices), include_usage=include_usage)
         self._choices = range(num_choices)
-        self._include_usage = include_usage
-        self._head: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk",
-        }
-        self._usage = UsageSum(num_choices)
 
     def first(self, accepted: Accepted) -> bytes:
         """The role of each answer, before prefill."""
@@ -81,14 +61,6 @@ class ChatStream:
             return self._chunk(choice, {}, FINISH_REASONS[event.reason]) + self._end(event)
         return b""
 
-    def heartbeat(self) -> bytes:
-        """A comment, which every client skips."""
-        return KEEPALIVE
-
-    def failed(self, failed: Failed) -> bytes:
-        """The error that ends the stream."""
-        return error_event(failed)
-
     def _chunk(
         self,
         choice: int,
@@ -99,15 +71,7 @@ class ChatStream:
         told: dict[str, Any] = {"index": choice, "delta": delta, "finish_reason": finish_reason}
         if logprobs is not None:
             told["logprobs"] = logprobs
-        usage = {"usage": None} if self._include_usage else {}
-        return sse_event(None, {**self._head, "choices": [told], **usage})
-
-    def _end(self, finished: Finished) -> bytes:
-        if not self._usage.add(finished.usage):
-            return b""
-        if not self._include_usage:
-            return DONE
-        return sse_event(None, {**self._head, "choices": [], "usage": self._usage.document()}) + DONE
+        return self._told(told)
 
 
 class ChatCollector:
@@ -142,11 +106,6 @@ class ChatCollector:
             "choices": [choice.document(index) for index, choice in enumerate(self._choices)],
             "usage": self._usage.document(),
         }
-
-
-def error_event(failed: Failed) -> bytes:
-    """The error that ends a stream of this dialect."""
-    return sse_event(None, error_body(problem_of(JobFailed(failed))))
 
 
 class _Choice:

@@ -6,8 +6,8 @@ Source: OpenAI Responses API, "error" of the response object.
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_optiq_ext.serve.errors import Problem
 from mlx_optiq_ext.serve.openai import errors as openai_errors
+from mlx_optiq_ext.types.events import Failed
 
 __all__ = ["error_body", "failure"]
 
@@ -19,7 +19,7 @@ _NOT_STORED: Mapping[str | None, str] = {
 }
 
 
-def error_body(problem: Problem) -> dict[str, Any]:
+def error_body(problem: Failed) -> dict[str, Any]:
     """The body of an error before the answer has begun."""
     body = openai_errors.error_body(problem)
     if problem.kind == "UnknownName" and problem.param in _NOT_STORED:
@@ -29,7 +29,7 @@ def error_body(problem: Problem) -> dict[str, Any]:
     return body
 
 
-def failure(problem: Problem) -> dict[str, Any]:
+def failure(problem: Failed) -> dict[str, Any]:
     """The ``error`` of a response that failed in the middle."""
     codes = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
     return {"code": codes.get(problem.status, "server_error"), "message": problem.message}

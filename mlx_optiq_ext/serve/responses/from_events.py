@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from mlx_optiq_ext.serve.errors import problem_of
 from mlx_optiq_ext.serve.responses.document import usage_of
 from mlx_optiq_ext.serve.responses.errors import failure
 from mlx_optiq_ext.serve.responses.output import (
@@ -22,7 +21,6 @@ from mlx_optiq_ext.serve.responses.output import (
     SummaryItem,
 )
 from mlx_optiq_ext.serve.responses.tools import ToolTable
-from mlx_optiq_ext.serve.run import JobFailed
 from mlx_optiq_ext.serve.sse import sse_event
 from mlx_optiq_ext.types.events import (
     Accepted,
@@ -37,7 +35,7 @@ from mlx_optiq_ext.types.events import (
     ToolCallStart,
 )
 
-__all__ = ["Drafting", "ResponseCollector", "ResponseStream"]
+__all__ = ["Drafting", "ResponseStream"]
 
 HEARTBEATS_PER_LINE = 3
 """A heartbeat repeats the whole response, so that only each third one is sent."""
@@ -99,7 +97,7 @@ class ResponseStream:
 
     def failed(self, failed: Failed) -> bytes:
         """Render ``response.failed``, which ends the stream."""
-        self.response |= {"status": "failed", "error": failure(problem_of(JobFailed(failed)))}
+        self.response |= {"status": "failed", "error": failure(failed)}
         self.response["output"] = self._output
         return self._envelope("failed")
 
@@ -158,22 +156,3 @@ class ResponseStream:
         line = sse_event(values["type"], {**values, "sequence_number": self._number})
         self._number += 1
         return line
-
-
-class ResponseCollector:
-    """Gathers the same events into the whole response."""
-
-    def __init__(self, stream: ResponseStream) -> None:
-        self._stream = stream
-
-    def first(self, accepted: Accepted) -> None:
-        """Begin the response."""
-        self._stream.first(accepted)
-
-    def feed(self, event: Event, choice: int = 0) -> None:
-        """Take an event."""
-        self._stream.feed(event, choice)
-
-    def answer(self) -> dict[str, Any]:
-        """The response."""
-        return self._stream.response

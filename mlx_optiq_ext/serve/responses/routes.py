@@ -14,7 +14,7 @@ from mlx_optiq_ext.serve.errors import problem_handler
 from mlx_optiq_ext.serve.openai.errors import STATUSES
 from mlx_optiq_ext.serve.responses.document import is_stored, response_document
 from mlx_optiq_ext.serve.responses.errors import error_body
-from mlx_optiq_ext.serve.responses.from_events import Drafting, ResponseCollector, ResponseStream
+from mlx_optiq_ext.serve.responses.from_events import Drafting, ResponseStream
 from mlx_optiq_ext.serve.responses.items import normalized, resolved
 from mlx_optiq_ext.serve.responses.pages import page_of
 from mlx_optiq_ext.serve.responses.schema import InputTokensRequest, Item, ResponsesRequest
@@ -22,7 +22,7 @@ from mlx_optiq_ext.serve.responses.store import ResponseStore
 from mlx_optiq_ext.serve.responses.to_generation import Conversation, session_of, to_generation
 from mlx_optiq_ext.serve.responses.tools import ToolTable, tool_table
 from mlx_optiq_ext.serve.serving import serving_of
-from mlx_optiq_ext.serve.sse import answer_whole, stream_answer, until_left
+from mlx_optiq_ext.serve.sse import StreamCollector, answer_whole, stream_answer, until_left
 from mlx_optiq_ext.types.chat import Generation
 
 __all__ = ["router"]
@@ -48,7 +48,11 @@ async def create_response(request: Request[Any, Any, Any]) -> ASGIApp:
         )
     )
     run = serving_of(request).run(generation)
-    return stream_answer(run, stream) if body.stream else answer_whole(run, ResponseCollector(stream))
+    return (
+        stream_answer(run, stream)
+        if body.stream
+        else answer_whole(run, StreamCollector(stream, lambda: stream.response))
+    )
 
 
 @post("/v1/responses/input_tokens", status_code=200)
