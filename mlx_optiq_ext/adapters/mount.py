@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_optiq_ext.adapters.layers import (
     RoutedEmbedding,
@@ -21,6 +20,8 @@ from mlx_optiq_ext.adapters.layers import (
 from mlx_optiq_ext.adapters.rows import BASE
 from mlx_optiq_ext.errors import AdapterError
 from mlx_optiq_ext.lora.factors import Factors
+from mlx_optiq_ext.lora.targets import target_kind
+from mlx_optiq_ext.types.adapter import TargetKind
 
 __all__ = ["AdapterMount"]
 
@@ -78,7 +79,7 @@ class AdapterMount:
     def _route(self, path: str) -> RoutedLayer:
         known = self._routed.get(path)
         if known is None:
-            known = _routed(self._modules[path])
+            known = _ROUTED[target_kind(self._modules[path])](self._modules[path])
             if isinstance(known, RoutedSwitchLinear):
                 noting_experts(self._modules[path.rpartition(".")[0]])
             self._set(path, known)
@@ -89,16 +90,15 @@ class AdapterMount:
         self._model.update_modules(tree_unflatten([(path, module)]))
 
 
-def _routed(module: nn.Module) -> RoutedLayer:
-    if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
-        return RoutedSwitchLinear(module)
-    if hasattr(module, "as_linear"):
-        return RoutedEmbedding(module)
-    return RoutedLinear(module)
+_ROUTED: dict[TargetKind | None, type[RoutedLayer]] = {
+    "experts": RoutedSwitchLinear,
+    "embedding": RoutedEmbedding,
+    "linear": RoutedLinear,
+}
 
 
 def _check(path: str, module: nn.Module | None, residual: Factors) -> None:
-    if module is None or "weight" not in module:
+    if module is None or target_kind(module) is None:
         raise AdapterError(f"the adapter has weights for {path}, which is no layer of this model")
     wanted = _shape(module)
     found = (*residual.a.shape[:-1], residual.b.shape[-1])
@@ -107,7 +107,7 @@ def _check(path: str, module: nn.Module | None, residual: Factors) -> None:
             f"{path} has shape {wanted} (experts, inputs, outputs), the adapter {found}: it was made for "
             "another model"
         )
-    if not bool(mx.all(mx.isfinite(residual.a)) & mx.all(mx.isfinite(residual.b))):
+    if not residual.is_finite():
         raise AdapterError(f"the adapter's weights for {path} are not finite; train it again")
 
 

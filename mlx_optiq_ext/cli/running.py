@@ -5,13 +5,12 @@ Knows HTTP and no command. Called by ``optiq adapters``.
 
 import argparse
 import json
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from pathlib import Path
 from typing import Any
 
+from mlx_optiq_ext.cli.api_key import read_api_key
 from mlx_optiq_ext.errors import EngineError, RequestError, UsageError
 
 __all__ = ["add_server_arguments", "ask_server", "path_of"]
@@ -56,7 +55,7 @@ def ask_server(args: argparse.Namespace, method: str, path: str, body: object = 
     if body is not None:
         request.data = json.dumps(body).encode()
         request.add_header("Content-Type", "application/json")
-    key = _key(args.api_key_file)
+    key = read_api_key(args.api_key_file)
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
@@ -76,12 +75,3 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(json.loads(error.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"answered {error.code}; is it an optiq server?"
-
-
-def _key(file: str | None) -> str:
-    if file is None:
-        return os.environ.get("OPTIQ_API_KEY", "").strip()
-    try:
-        return Path(file).expanduser().read_text("utf-8").strip()
-    except OSError as error:
-        raise UsageError(f"--api-key-file {file}: {error.strerror}") from error

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_optiq_ext.adapters.mount import AdapterMount
 from mlx_optiq_ext.adapters.rows import BASE
 from mlx_optiq_ext.errors import RequestError, UnknownName
-from mlx_optiq_ext.lora.factors import Factors
+from mlx_optiq_ext.lora.factors import Factors, side_by_side
 from mlx_optiq_ext.lora.files import locate_factors, read_adapter
 from mlx_optiq_ext.types.status import AdapterStatus
 
@@ -201,13 +201,7 @@ def _summed(members: list[Mounted]) -> dict[str, Factors]:
     """The sum of several adapters: their ranks side by side, exactly."""
     paths = {path: None for member in members for path in member.factors}
     found = {path: [m.factors[path] for m in members if path in m.factors] for path in paths}
-    return {
-        path: Factors(
-            mx.concatenate([each.a for each in parts], axis=-1),
-            mx.concatenate([each.b for each in parts], axis=-2),
-        )
-        for path, parts in found.items()
-    }
+    return {path: side_by_side(parts) for path, parts in found.items()}
 
 
 def _digest(factors: dict[str, Factors]) -> str:

@@ -141,13 +141,12 @@ class Batch:
         for answer in generated:
             self._guarded(answer)
 
-    def fail(self, error: Exception) -> list[Job]:
+    def fail(self, error: Exception) -> None:
         """End every row with an error."""
         jobs = list(self.rows.values())
         self.rows.clear()
         for job in jobs:
             self._end(job, error=error)
-        return jobs
 
     def fail_newest(self, error: Exception) -> None:
         """End the row that came last: the others keep their memory."""

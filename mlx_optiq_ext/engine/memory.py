@@ -11,10 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-__all__ = ["CacheSizes", "default_limit_nbytes", "head_room_nbytes"]
+from mlx_optiq_ext.quant.size import head_room_nbytes
+
+__all__ = ["CacheSizes", "default_limit_nbytes", "server_head_room_nbytes"]
 
 _SHARE = 0.75
-_HEAD_ROOM_SHARE = 0.10
 _HEAD_ROOM_LEAST = 128_000_000
 
 
@@ -69,6 +70,6 @@ def default_limit_nbytes() -> int:
     return min(limit, recommended) if recommended > 0 else limit
 
 
-def head_room_nbytes(limit: int) -> int:
-    """What is left for activations: a tenth of the limit, at least 128 MB."""
-    return max(int(limit * _HEAD_ROOM_SHARE), _HEAD_ROOM_LEAST)
+def server_head_room_nbytes(limit: int) -> int:
+    """What a server leaves for activations: a tenth of its limit, at least 128 MB."""
+    return head_room_nbytes(limit, _HEAD_ROOM_LEAST)

@@ -18,7 +18,7 @@ from mlx_optiq_ext.engine.batch import Batch
 from mlx_optiq_ext.engine.counters import Counters
 from mlx_optiq_ext.engine.fair_queue import FairQueue
 from mlx_optiq_ext.engine.job import Job
-from mlx_optiq_ext.engine.memory import head_room_nbytes
+from mlx_optiq_ext.engine.memory import server_head_room_nbytes
 from mlx_optiq_ext.engine.prefix_cache import PrefixCache
 from mlx_optiq_ext.engine.residents import Residents
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
@@ -215,7 +215,7 @@ class Owner:
 
     def _left(self) -> int:
         """Bytes for rows and prefixes together."""
-        return self.limit_nbytes - head_room_nbytes(self.limit_nbytes) - self.models.weights_nbytes
+        return self.limit_nbytes - server_head_room_nbytes(self.limit_nbytes) - self.models.weights_nbytes
 
     def _step(self, name: str) -> None:
         batch = self.batches[name]

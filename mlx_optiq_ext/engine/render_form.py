@@ -7,29 +7,20 @@ Knows no model's name: what a template shows of a conversation is what it takes.
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
 from msgspec.structs import replace
 
 from mlx_optiq_ext.engine.render_tokens import ControlTokens
 from mlx_optiq_ext.engine.render_turns import Form, Turn, TurnWriter
 from mlx_optiq_ext.engine.tools.block import CallSyntax
 from mlx_optiq_ext.engine.tools.parsed import definitions
+from mlx_optiq_ext.measure.rendering import TEMPLATE_REFUSALS
 from mlx_optiq_ext.types.chat import Message, Text, ToolCall, ToolResult, ToolSpec
 
 __all__ = ["REFUSALS", "Apply", "find_form"]
 
 Apply: TypeAlias = Callable[[list[Turn], list[dict[str, Any]] | None], str]
 
-REFUSALS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-    RecursionError,
-)
+REFUSALS = (*TEMPLATE_REFUSALS, RecursionError)
 """What templates raise when they do not take a conversation."""
 
 _TOOL = ToolSpec(

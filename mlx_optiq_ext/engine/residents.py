@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import mlx.core as mx
 
-from mlx_optiq_ext.engine.memory import head_room_nbytes
+from mlx_optiq_ext.engine.memory import server_head_room_nbytes
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec, load
 from mlx_optiq_ext.errors import Overloaded, ResourceError
 from mlx_optiq_ext.quant.size import format_nbytes
@@ -40,7 +40,7 @@ class Residents:
         on_close: Callable[[Loaded], None],
     ) -> None:
         self._options = options
-        self._limit = limit_nbytes - head_room_nbytes(limit_nbytes)
+        self._limit = limit_nbytes - server_head_room_nbytes(limit_nbytes)
         self._progress = progress
         self._on_close = on_close
         self._loaded: dict[str, Loaded] = {}

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import compute_bits_per_weight
 
 from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
@@ -29,6 +30,7 @@ from mlx_optiq_ext.kv.observe import observe
 from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.load import cast_floats, float_dtype, load_model, load_tokenizer
+from mlx_optiq_ext.models.tape import logits_of
 from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.chat import Generation, Sampling
 from mlx_optiq_ext.types.kv import KVConfig
@@ -42,7 +44,6 @@ __all__ = ["Loaded", "ModelSpec", "load"]
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 _CONTEXT_UNKNOWN = 8192
-_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +95,7 @@ class Loaded:
         dtype = float_dtype(model, {})
         self.adapters = ModelAdapters(model, weights, dtype)
         self.cache_key = f"{weights} {dtype} {msgspec.json.encode(kv).decode()}"
-        self._bpw = _stored_bpw(config, self.weights_nbytes, model)
+        self._bpw = compute_bits_per_weight(model) if "quantization" in config else None
 
     @property
     def weights_nbytes(self) -> int:
@@ -137,7 +138,7 @@ class Loaded:
         """
         run: Any = self.model
         out = run(mx.array([[0]]), cache=self.fresh_caches())
-        if not bool(mx.all(mx.isfinite(getattr(out, "logits", out)))):
+        if not bool(mx.all(mx.isfinite(logits_of(out)))):
             raise EngineError(f"{self.spec.name} answers with numbers that are not finite")
 
     def check_tokens(self, tokens: Sequence[int], param: str) -> None:
@@ -246,7 +247,7 @@ def _storage(
 def _serving_dtype(model: nn.Module, config: dict[str, Any], wanted: str) -> mx.Dtype | None:
     """The type to compute in; None leaves every tensor as it is stored."""
     if wanted != "auto":
-        return _DTYPES[wanted]
+        return float_dtype(model, config, wanted)
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     # Half-precision kernels on a CPU are inexact and many times slower (docs/platforms.md).
     return mx.float32 if on_cpu and float_dtype(model, config) != mx.float32 else None
@@ -266,21 +267,4 @@ def _vocab_size(model: nn.Module) -> int:
     """Width of the logits, from a forward pass of one token that is not evaluated."""
     run: Any = model
     out = run(mx.zeros((1, 1), dtype=mx.int32))
-    return int(getattr(out, "logits", out).shape[-1])
-
-
-def _stored_bpw(config: dict[str, Any], nbytes: int, model: nn.Module) -> float | None:
-    """Bits per weight of a quantized checkpoint as mlx-lm counts them; None for others."""
-    if "quantization" not in config:
-        return None
-    numel = 0
-    for module in model.modules():
-        own = module.parameters() if hasattr(module, "bits") else {}
-        if "scales" in own:
-            numel += own["weight"].size * 32 // int(module.bits)
-    plain = sum(
-        array.size
-        for name, array in named_arrays(model.parameters())
-        if array.dtype != mx.uint32 and not name.endswith((".scales", ".biases"))
-    )
-    return 8 * nbytes / (numel + plain) if numel else None
+    return int(logits_of(out).shape[-1])

@@ -63,7 +63,9 @@ class Snapshot:
             return copy.deepcopy(self.caches)
         kept = self.checkpoints.get(length)
         return [
-            _taken_back(cache, len(self) - length) if kept is None or kept[k] is None else _copy(kept[k])
+            _taken_back(cache, len(self) - length)
+            if kept is None or kept[k] is None
+            else copy.deepcopy(kept[k])
             for k, cache in enumerate(self.caches)
         ]
 
@@ -76,7 +78,7 @@ class Snapshot:
 
 def checkpoint_of(caches: Sequence[Any]) -> Checkpoint:
     """What of these caches cannot be taken back later, evaluated."""
-    kept = tuple(_copy(cache) if forgets(cache) else None for cache in caches)
+    kept = tuple(copy.deepcopy(cache) if forgets(cache) else None for cache in caches)
     mx.eval([cache.state for cache in kept if cache is not None])
     return kept
 
@@ -98,11 +100,7 @@ def shared_length(left: npt.NDArray[np.int32], right: npt.NDArray[np.int32]) -> 
     return int(differs[0]) if differs.size else shortest
 
 
-def _copy(cache: Any) -> Any:
-    return copy.deepcopy(cache)
-
-
 def _taken_back(cache: Any, num_tokens: int) -> Any:
-    taken = _copy(cache)
+    taken = copy.deepcopy(cache)
     taken.trim(num_tokens)
     return taken

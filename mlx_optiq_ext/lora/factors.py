@@ -3,13 +3,14 @@
 Knows arrays, not modules or files. Used by all of ``lora`` and by ``adapters``.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlx_optiq_ext.types.adapter import AdapterConfig
 
-__all__ = ["Adapter", "Factors", "pad_rank"]
+__all__ = ["Adapter", "Factors", "pad_rank", "side_by_side"]
 
 
 class Factors(NamedTuple):
@@ -40,6 +41,14 @@ class Adapter(NamedTuple):
 
     config: AdapterConfig
     factors: dict[str, Factors]
+
+
+def side_by_side(parts: Sequence[Factors]) -> Factors:
+    """The sum of several products: their ranks one behind the other; exact, lazy."""
+    return Factors(
+        mx.concatenate([each.a for each in parts], axis=-1),
+        mx.concatenate([each.b for each in parts], axis=-2),
+    )
 
 
 def pad_rank(factors: Factors, rank: int) -> Factors:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_optiq_ext import __version__
 from mlx_optiq_ext.errors import AdapterError, FingerprintMismatch
-from mlx_optiq_ext.lora.factors import Adapter, Factors
+from mlx_optiq_ext.lora.factors import Adapter, Factors, side_by_side
 from mlx_optiq_ext.types.adapter import AdapterConfig, TrainingFacts
 from mlx_optiq_ext.types.quant import ModelFingerprint
 
@@ -43,10 +43,7 @@ def merge_adapters(parts: Sequence[tuple[Adapter, float]], names: Sequence[str] 
         ]
         if len({(*each.a.shape[:-1], each.b.shape[-1]) for each in own}) > 1:
             raise AdapterError(f"{path} has different shapes in the adapters; they are of different bases")
-        factors[path] = Factors(
-            mx.concatenate([each.a for each in own], axis=-1),
-            mx.concatenate([each.b for each in own], axis=-2),
-        )
+        factors[path] = side_by_side(own)
     settings: dict[str, str | float | bool | None] = {
         (names[k] if k < len(names) else f"part {k + 1}"): weight for k, (_, weight) in enumerate(parts)
     }

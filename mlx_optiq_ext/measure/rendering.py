@@ -16,6 +16,7 @@ from mlx_optiq_ext.measure.records import Record
 
 __all__ = [
     "FORM_NOTES",
+    "TEMPLATE_REFUSALS",
     "Form",
     "Message",
     "Rendered",
@@ -36,7 +37,7 @@ FORM_NOTES: dict[Form, str] = {
 }
 """What to tell a reader about every form that is not the template's own."""
 
-_REFUSALS = (
+TEMPLATE_REFUSALS = (
     TemplateError,
     TypeError,
     ValueError,
@@ -45,6 +46,7 @@ _REFUSALS = (
     AssertionError,
     NotImplementedError,
 )
+"""What chat templates raise when they do not take a conversation."""
 _WORD = re.compile(r"[A-Za-z0-9]{3,}")
 
 _DATE_FIELDS = {"%Y": "2024", "%m": "07", "%d": "01", "%b": "Jul", "%B": "July", "%A": "Monday", "%y": "24"}
@@ -130,7 +132,7 @@ def apply_template(
         keywords["add_generation_prompt"] = True
     try:
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **keywords)
-    except _REFUSALS:
+    except TEMPLATE_REFUSALS:
         return None
     return text if isinstance(text, str) else None
 
@@ -141,7 +143,7 @@ def _fixed_date(tokenizer: Any, tools: list[dict[str, Any]] | None) -> dict[str,
         return {}
     try:
         template = tokenizer.get_chat_template(tools=tools)
-    except _REFUSALS:
+    except TEMPLATE_REFUSALS:
         return {}
     dated = isinstance(template, str) and "strftime_now" in template
     return {"chat_template": _DATE_MACRO + template} if dated else {}

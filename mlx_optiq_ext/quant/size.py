@@ -62,9 +62,9 @@ def budget_from(
     return _budget_to_fit(table, options, kv_bytes_per_token)
 
 
-def head_room_nbytes(memory: int) -> int:
-    """Memory that ``--fit`` leaves for activations and the system: a tenth, at least 256 MB."""
-    return max(int(memory * _HEAD_ROOM_SHARE), _HEAD_ROOM_LEAST)
+def head_room_nbytes(memory: int, least: int = _HEAD_ROOM_LEAST) -> int:
+    """Memory that is left for activations and the system: a tenth, at least 256 MB unless said otherwise."""
+    return max(int(memory * _HEAD_ROOM_SHARE), least)
 
 
 def left_for_cache(memory: int, weights: int) -> int:

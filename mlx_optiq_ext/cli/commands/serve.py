@@ -8,11 +8,10 @@ running answers end.
 
 import argparse
 import logging
-import os
-from pathlib import Path
 
 import msgspec
 
+from mlx_optiq_ext.cli.api_key import read_api_key
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.arguments import add_options, options_from
@@ -21,7 +20,6 @@ from mlx_optiq_ext.types.status import EngineStatus, ServedModel
 
 __all__ = ["Serving", "add_arguments", "run"]
 
-_KEY_VARIABLE = "OPTIQ_API_KEY"
 _MODULES = ("mlx_lm.models.base", "mlx_lm.models.cache")
 """Of mlx-lm, whose patches mixed-precision caches need."""
 
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, listen, answer, until a signal comes or the engine fails."""
     console = Console.from_args(args)
     options = options_from(args, ServeOptions)
-    key = _api_key(options)
+    key = read_api_key(options.api_key_file)
     try:
         from mlx_optiq_ext.serve.app import create_app
         from mlx_optiq_ext.serve.auth import require_key_for
@@ -81,19 +79,6 @@ def run(args: argparse.Namespace) -> int:
         )
 
     return run_server(app, engine, options, on_listening=listening)
-
-
-def _api_key(options: ServeOptions) -> str | None:
-    """The key, from the file or the variable; an empty one is no key."""
-    if options.api_key_file is not None:
-        try:
-            key = Path(options.api_key_file).expanduser().read_text("utf-8").strip()
-        except OSError as error:
-            raise UsageError(f"--api-key-file {options.api_key_file}: {error.strerror}") from error
-        if not key:
-            raise UsageError(f"--api-key-file {options.api_key_file} is empty")
-        return key
-    return os.environ.get(_KEY_VARIABLE, "").strip() or None
 
 
 def _log_to_stderr(*, quiet: bool) -> None:
