@@ -1,4 +1,4 @@
-"""Progress of a long job as one line: redrawn on a terminal, written now and then elsewhere.
+"""Progress of a long job as one line: redrawn on a terminal, written now and then elsewhere, or as JSON.
 
 Knows nothing of what is in progress. Used by the command line's console and by the stock commands' "optiq"
 recipe.
@@ -11,9 +11,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
+import msgspec
+
 from mlx_optiq_ext.types.progress import Progress
 
-__all__ = ["ProgressLine", "format_duration"]
+__all__ = ["JsonProgress", "ProgressLine", "format_duration"]
 
 _REDRAW_S = 0.1
 _PLAIN_LINE_S = 15.0
@@ -121,6 +123,64 @@ class ProgressLine:
         if event.detail:
             parts.append(event.detail)
         return "  ".join(parts)
+
+
+class JsonProgress:
+    """A progress sink for programs: one JSON object a line.
+
+    ``{"stage", "done", "total", "detail", "replayed", "seconds", "seconds_left"}``, at most ten a second and
+    always the first and the last of a stage; ``seconds_left`` is null while unknown. Notes are ``{"note"}``.
+    Belongs to the thread that made it.
+
+    Args:
+        stream: Where to write; stderr as it is at the time, by default.
+        clock: Seconds.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._stage, self._done = "", 0
+        self._pace = _Pace(0, 0, 0.0)
+        self._written = -_REDRAW_S
+
+    def __call__(self, event: Progress) -> None:
+        """Write one event, or leave it out where another came just before."""
+        now = self._clock()
+        starts = event.stage != self._stage or event.done < self._done
+        self._stage, self._done = event.stage, event.done
+        if event.note:
+            self.note(event.note)
+        if starts:
+            self._pace = _Pace(event.done, event.replayed, now)
+        self._pace.advance(event, now)
+        if not (starts or event.done >= event.total or now - self._written >= _REDRAW_S):
+            return
+        self._written = now
+        rate = self._pace.per_second
+        self._write(
+            {
+                "stage": event.stage,
+                "done": event.done,
+                "total": event.total,
+                "detail": event.detail,
+                "replayed": event.replayed,
+                "seconds": round(now - self._pace.started, 3),
+                "seconds_left": round(max(event.total - event.done, 0) / rate, 1) if rate > 0 else None,
+            }
+        )
+
+    def note(self, text: str) -> None:
+        """Write a line for the user."""
+        self._write({"note": text})
+
+    def end(self) -> None:
+        """Nothing is open between lines."""
+
+    def _write(self, document: dict[str, object]) -> None:
+        stream = self._stream or sys.stderr
+        stream.write(f"{msgspec.json.encode(document).decode()}\n")
+        stream.flush()
 
 
 class _Pace:

@@ -12,7 +12,7 @@ from typing import TextIO
 
 import msgspec
 
-from mlx_optiq_ext.progress_line import ProgressLine
+from mlx_optiq_ext.progress_line import JsonProgress, ProgressLine
 from mlx_optiq_ext.types.progress import Progress
 
 __all__ = ["Console", "format_table"]
@@ -29,18 +29,25 @@ class Console:
         *,
         json_output: bool = False,
         quiet: bool = False,
+        progress_json: bool = False,
         out: TextIO | None = None,
         err: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.json_output = json_output
         self._out = out
-        self._line = ProgressLine(err, quiet=quiet, clock=clock)
+        self._line: ProgressLine | JsonProgress = (
+            JsonProgress(err, clock=clock) if progress_json else ProgressLine(err, quiet=quiet, clock=clock)
+        )
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Console":
-        """Make the console that ``--json`` and ``--quiet`` ask for."""
-        return cls(json_output=getattr(args, "json", False), quiet=getattr(args, "quiet", False))
+        """Make the console that ``--json``, ``--quiet`` and ``--progress-json`` ask for."""
+        return cls(
+            json_output=getattr(args, "json", False),
+            quiet=getattr(args, "quiet", False),
+            progress_json=getattr(args, "progress_json", False),
+        )
 
     @property
     def out(self) -> TextIO:

@@ -153,6 +153,9 @@ def command_parser(command: Command) -> tuple[argparse.ArgumentParser, ModuleTyp
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="Print one JSON document on stdout.")
     group.add_argument("--quiet", action="store_true", help="Draw no progress.")
+    group.add_argument(
+        "--progress-json", action="store_true", help="Write progress on stderr as one JSON object a line."
+    )
     group.add_argument("--debug", action="store_true", help="Show debug messages and tracebacks.")
     parser.usage = _usage(parser)
     return parser, module

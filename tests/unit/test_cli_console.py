@@ -168,3 +168,32 @@ def test_table_aligns_names_left_and_numbers_right() -> None:
 
 def test_table_without_rows_still_shows_its_head() -> None:
     assert format_table(["model", "bpw"], []).splitlines()[0] == "model  bpw"
+
+
+def test_progress_for_programs_is_json_lines_with_the_time_left() -> None:
+    err, clock = io.StringIO(), _Clock()
+    console = Console(err=err, clock=clock, progress_json=True)
+    console.note("8 units are pinned")
+    _play(console, clock, total=4, step_s=2.0)
+    lines = [json.loads(line) for line in err.getvalue().splitlines()]
+    assert lines[0] == {"note": "8 units are pinned"}
+    assert [line["done"] for line in lines[1:]] == [0, 1, 2, 3, 4]
+    assert lines[1]["seconds_left"] is None
+    assert lines[3] == {
+        "stage": "measure",
+        "done": 2,
+        "total": 4,
+        "detail": "block 2",
+        "replayed": 0,
+        "seconds": 4.0,
+        "seconds_left": 4.0,
+    }
+
+
+def test_progress_for_programs_is_at_most_ten_lines_a_second() -> None:
+    err, clock = io.StringIO(), _Clock()
+    _play(Console(err=err, clock=clock, progress_json=True), clock, total=1000, step_s=0.001)
+    done = [json.loads(line)["done"] for line in err.getvalue().splitlines()]
+    assert done[0] == 0
+    assert done[-1] == 1000
+    assert len(done) <= 12
