@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ class RunningCommand:
         self.was_stopped = False
         self._process: asyncio.subprocess.Process | None = None
         self.exit_code: int | None = None
+        self.started = 0.0
+        self.ended: float | None = None
         self._follower: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -87,6 +90,7 @@ class RunningCommand:
             start_new_session=True,
             limit=_LINE_LIMIT,
         )
+        self.started = time.monotonic()
         self._follower = asyncio.create_task(self._follow(self._process))
 
     async def wait(self) -> Any:
@@ -142,7 +146,8 @@ class RunningCommand:
         out, _ = await asyncio.gather(process.stdout.read(), self._read_progress(process.stderr))
         with contextlib.suppress(msgspec.DecodeError):
             self.result = msgspec.json.decode(out)
-        self.exit_code = await process.wait()
+        code = await process.wait()
+        self.ended, self.exit_code = time.monotonic(), code
         self._notify()
 
     async def _read_progress(self, stream: asyncio.StreamReader) -> None:

@@ -65,6 +65,7 @@ COMMANDS: dict[str, Command] = {
         Command(name="adapters mount"),
         Command(name="adapters unmount"),
         Command(name="adapters use"),
+        Command(name="mcp"),
         Command(name="report"),
         Command(name="import-gguf"),
         Command(name="doctor", needs_mlx=True),

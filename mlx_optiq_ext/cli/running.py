@@ -13,13 +13,19 @@ from typing import Any
 from mlx_optiq_ext.cli.api_key import read_api_key
 from mlx_optiq_ext.errors import EngineError, RequestError, UsageError
 
-__all__ = ["add_server_arguments", "ask_server", "path_of"]
+__all__ = ["add_address_arguments", "add_server_arguments", "ask_server", "path_of"]
 
 _TIMEOUT_S = 600
 _URL = "http://127.0.0.1:8080"
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where the server is, and which of its models is meant."""
+    add_address_arguments(parser)
+    parser.add_argument("--model", default="", help="Which of several models; the default one without it.")
+
+
+def add_address_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where the server is."""
     parser.add_argument("--url", default=_URL, help=f"Where the server listens (default: {_URL}).")
     parser.add_argument(
@@ -27,7 +33,6 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="File with the API key, in place of the variable OPTIQ_API_KEY.",
     )
-    parser.add_argument("--model", default="", help="Which of several models; the default one without it.")
 
 
 def path_of(*parts: str, **query: str) -> str:
