@@ -120,6 +120,7 @@ class Job:
             completion_tokens=self.completion_tokens,
             tokens_per_s=self.completion_tokens / decoding if decoding > 0 else 0.0,
             age_s=now - self.created,
+            first_token_s=self.first_token - self.created if self.first_token is not None else None,
         )
 
 

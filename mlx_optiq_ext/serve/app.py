@@ -50,5 +50,5 @@ def create_app(engine: Engine, options: ServeOptions, api_key: str | None) -> Li
     )
     describe_bodies(app)
     doors = Doors(key=api_key, hosts=(options.host, *options.allow_host), origins=options.allow_origin)
-    app.asgi_handler = Frame(app.asgi_handler, doors, options.timeout_s)
+    app.asgi_handler = Frame(app.asgi_handler, doors, serving.clients, options.timeout_s)
     return app

@@ -6,13 +6,14 @@ from litestar import Request, Response
 
 from mlx_optiq_ext.serve.anthropic.routes import answer_problem as answer_anthropic
 from mlx_optiq_ext.serve.openai.routes import answer_problem as answer_openai
+from mlx_optiq_ext.serve.paths import dialect_of
 
 __all__ = ["answer_problem", "is_anthropic"]
 
 
 def is_anthropic(request: Request[Any, Any, Any]) -> bool:
-    """Whether the client speaks Anthropic's dialect, by path or by header."""
-    return request.scope["path"].startswith("/v1/messages") or "anthropic-version" in request.headers
+    """Whether the client speaks Anthropic's dialect."""
+    return dialect_of(request.scope) == "anthropic"
 
 
 def answer_problem(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:

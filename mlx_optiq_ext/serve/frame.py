@@ -13,6 +13,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_ext.serve.account import Account
 from mlx_optiq_ext.serve.auth import Doors
+from mlx_optiq_ext.serve.clients import Clients
 from mlx_optiq_ext.serve.dialect import answer_problem
 from mlx_optiq_ext.serve.limits import arrive_within
 
@@ -29,12 +30,14 @@ class Frame:
     Args:
         inner: The router.
         doors: Who may ask.
+        clients: Notes who did.
         timeout_s: Seconds until a whole request must have arrived.
     """
 
-    def __init__(self, inner: ASGIApp, doors: Doors, timeout_s: float) -> None:
+    def __init__(self, inner: ASGIApp, doors: Doors, clients: Clients, timeout_s: float) -> None:
         self._inner = inner
         self._doors = doors
+        self._clients = clients
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,6 +75,7 @@ class Frame:
             response = answer_problem(request, error)
             await response.to_asgi_response(app=None, request=request)(scope, receive, send)
             return
+        self._clients.note(scope)
         await self._inner(scope, arrive_within(receive, self._timeout_s), send)
 
 

@@ -10,11 +10,13 @@ import msgspec
 from litestar import Request
 from litestar.datastructures import State
 
+from mlx_optiq_ext.serve.clients import Clients
 from mlx_optiq_ext.serve.images import ImageReader
 from mlx_optiq_ext.serve.names import name_adapter
 from mlx_optiq_ext.serve.run import Run
 from mlx_optiq_ext.types.chat import Generation
 from mlx_optiq_ext.types.port import Engine
+from mlx_optiq_ext.types.status import EngineStatus
 
 __all__ = ["Serving", "serving_of"]
 
@@ -26,6 +28,11 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: Engine
     images: ImageReader = ImageReader()
+    clients: Clients = msgspec.field(default_factory=Clients)
+
+    def status(self) -> EngineStatus:
+        """The engine's latest snapshot with the clients seen last."""
+        return msgspec.structs.replace(self.engine.status(), clients=self.clients.status())
 
     def run(self, *requests: Generation) -> Run:
         """Make the run of a request, or of several that one answer consists of; nothing is submitted yet."""

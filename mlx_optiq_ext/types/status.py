@@ -1,11 +1,13 @@
 """What the server is doing, as one snapshot: health, metrics and the dashboard draw from it."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
 __all__ = [
     "AdapterStatus",
+    "ClientStatus",
+    "Dialect",
     "EngineStatus",
     "LatencySum",
     "LayerBytes",
@@ -13,6 +15,8 @@ __all__ = [
     "RowStatus",
     "ServedModel",
 ]
+
+Dialect: TypeAlias = Literal["openai", "responses", "anthropic"]
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +77,20 @@ class RowStatus(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     """Of decoding, since the first token."""
     age_s: float
+    first_token_s: float | None = None
+    """From submission to the first token; None before it."""
+
+
+class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A program that asked lately."""
+
+    name: str
+    """Product in its ``User-Agent``, without version."""
+    dialect: Dialect
+    requests: int
+    """While it stayed among those seen last."""
+    last_seen_s: float
+    """Seconds since its last request."""
 
 
 class LayerBytes(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,4 +160,5 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token: LatencySum | None = None
     request_time: LatencySum | None = None
     adapter_requests: dict[str, int] = {}
-    patches: tuple[str, ...] = ()
+    clients: tuple[ClientStatus, ...] = ()
+    """Seen last, newest first; known to the HTTP server, which adds them."""

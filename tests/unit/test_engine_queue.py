@@ -6,9 +6,12 @@ import pytest
 
 from mlx_optiq_ext.engine.counters import Histogram
 from mlx_optiq_ext.engine.fair_queue import FairQueue
+from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.log_ring import LogRing
 from mlx_optiq_ext.engine.names import ModelNames
 from mlx_optiq_ext.errors import UnknownName, UsageError
+from mlx_optiq_ext.types.chat import Generation
+from mlx_optiq_ext.types.events import Event, Prefilled, TextDelta
 
 
 def test_sessions_take_turns() -> None:
@@ -94,3 +97,17 @@ def test_the_log_keeps_its_newest_lines_without_tracebacks() -> None:
     assert [line.text for line in ring.lines(0)] == ["line 2", "line 3", "it failed"]
     assert [line.text for line in ring.lines(4)] == ["it failed"]
     assert ring.lines(0)[-1].level == "ERROR"
+
+
+def test_a_row_tells_how_long_its_first_token_took() -> None:
+    told: list[Event] = []
+    job = Job("job1", Generation(), told.append, "tiny")
+    job.created -= 2.0
+    job.emit(Prefilled(done=1, total=1))
+    assert job.row().first_token_s is None
+    job.emit(TextDelta(text="a"))
+    job.emit(TextDelta(text="b"))
+    row = job.row()
+    assert row.first_token_s is not None
+    assert 2.0 <= row.first_token_s <= row.age_s < 60.0
+    assert len(told) == 3

@@ -13,10 +13,10 @@ from mlx_optiq_ext.errors import RequestError
 from mlx_optiq_ext.serve.body import decode_body
 from mlx_optiq_ext.serve.control.metrics import metrics_text
 from mlx_optiq_ext.serve.openai.routes import answer_problem
-from mlx_optiq_ext.serve.serving import serving_of
+from mlx_optiq_ext.serve.serving import Serving, serving_of
 from mlx_optiq_ext.serve.sse import sse_event, until_left
 from mlx_optiq_ext.types.port import Engine, LogLine
-from mlx_optiq_ext.types.status import EngineStatus
+from mlx_optiq_ext.types.status import ClientStatus, EngineStatus
 
 __all__ = ["router"]
 
@@ -32,6 +32,13 @@ class ModelName(msgspec.Struct, frozen=True, kw_only=True):
     """Names a model."""
 
     model: str
+
+
+class ClientList(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asked lately."""
+
+    data: tuple[ClientStatus, ...]
+    object: str = "list"
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,13 +83,19 @@ async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
 @get("/optiq/status")
 async def status(request: Request[Any, Any, Any]) -> EngineStatus:
     """Show the latest snapshot."""
-    return serving_of(request).engine.status()
+    return serving_of(request).status()
+
+
+@get("/optiq/clients")
+async def clients(request: Request[Any, Any, Any]) -> ClientList:
+    """List the programs that asked lately, the last one first."""
+    return ClientList(data=serving_of(request).clients.status())
 
 
 @get("/optiq/events")
 async def status_events(request: Request[Any, Any, Any]) -> Stream:
     """Stream snapshots: one each second, and one whenever models, rows or the state change."""
-    return _stream(_snapshots(serving_of(request).engine))
+    return _stream(_snapshots(serving_of(request)))
 
 
 @get("/optiq/log")
@@ -101,18 +114,18 @@ async def log(request: Request[Any, Any, Any]) -> Response[Any] | Stream:
 async def load_model(request: Request[Any, Any, Any]) -> EngineStatus:
     """Load a model now."""
     body = await decode_body(request, ModelName)
-    engine = serving_of(request).engine
-    await until_left(request, engine.load(body.model))
-    return engine.status()
+    serving = serving_of(request)
+    await until_left(request, serving.engine.load(body.model))
+    return serving.status()
 
 
 @post("/optiq/models/unload", status_code=200)
 async def unload_model(request: Request[Any, Any, Any]) -> EngineStatus:
     """Drop a model that no request uses."""
     body = await decode_body(request, ModelName)
-    engine = serving_of(request).engine
-    await until_left(request, engine.unload(body.model))
-    return engine.status()
+    serving = serving_of(request)
+    await until_left(request, serving.engine.unload(body.model))
+    return serving.status()
 
 
 @delete("/optiq/prefix-cache", status_code=200)
@@ -128,6 +141,7 @@ router = Router(
         health_head,
         metrics,
         status,
+        clients,
         status_events,
         log,
         load_model,
@@ -142,12 +156,12 @@ def _stream(chunks: AsyncIterator[bytes]) -> Stream:
     return Stream(chunks, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
-async def _snapshots(engine: Engine) -> AsyncIterator[bytes]:
+async def _snapshots(serving: Serving) -> AsyncIterator[bytes]:
     """Until the client leaves, or the server stops."""
     last: Any = None
     told = 0.0
     while True:
-        now = engine.status()
+        now = serving.status()
         essence = (now.state, now.models, [(row.id, row.state) for row in now.rows])
         if essence != last or time.monotonic() - told >= _TELL_S:
             last, told = essence, time.monotonic()
