@@ -12,18 +12,35 @@ from pathlib import Path
 
 from mlx_optiq_ext.cli.docstrings import describe_module, module_docstring
 from mlx_optiq_ext.cli.main import COMMANDS, Command, HelpFormatter, command_parser, summary
+from mlx_optiq_ext.cli.reference_http import http_reference
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.arguments import add_options
 from mlx_optiq_ext.types.options import ConvertOptions
 
 __all__ = ["generated_files", "main"]
 
-_LAYERS = ("types", "formats", "hub", "models", "measure", "allocate", "quant", "eval", "convert", "patches")
+_LAYERS = (
+    "types",
+    "formats",
+    "hub",
+    "models",
+    "measure",
+    "allocate",
+    "quant",
+    "kv",
+    "lora",
+    "adapters",
+    "eval",
+    "convert",
+    "patches",
+)
+"""Their public names are described; ``engine`` and ``serve`` are reached over HTTP."""
 _HEAD = """\
 # mlx-optiq-ext
 
-> Sensitivity-driven mixed-precision quantization for MLX language models, as an extension of mlx-lm:
-> a Hugging Face model in, an ordinary mixed-precision MLX checkpoint out, which stock mlx-lm loads.
+> Make, tune and serve local language models with MLX, as an extension of mlx-lm. One measurement decides
+> which tensors get how many bits, how the KV cache is stored and what rank an adapter's modules get;
+> checkpoints are ordinary ones that stock mlx-lm loads; one server speaks the OpenAI and Anthropic APIs.
 
 This file is the whole reference, generated from the code by `make docs`; do not edit it.
 
@@ -32,8 +49,8 @@ unquantized tensors); `choice` bits + group size + mode, written `4g64`, `mxfp4`
 `unit` one tensor, or several that must be stored alike; `probe` one unit at one choice; `divergence`
 KL(reference ‖ changed), nats per token; `pin` a forced choice; `bit map` path → choice.
 
-Documents: README.md (start here), docs/architecture.md, docs/method.md, docs/calibration.md, docs/formats.md,
-docs/platforms.md, docs/start-up.md, docs/style.md.
+Contents: Commands, Recipes, HTTP API, Errors and exit codes, File formats, Python API. More in README.md
+(start here) and in docs/, a page a subject.
 """
 
 
@@ -91,15 +108,22 @@ def _reference(package: Path) -> Iterator[str]:
         "same as keywords.\n"
     )
     yield f"{_indented(_stock_options())}\n"
-    yield "## Errors and exit codes\n"
+    yield _below("docs/recipes.md", package)
+    yield "## HTTP API\n"
+    yield (
+        "Of `optiq serve`, by default on http://127.0.0.1:8080; more in docs/serving.md. Unknown fields are "
+        "ignored,\nwrong ones answered with 400 in the dialect's shape. `stream: true` streams server-sent "
+        "events.\n`/schema/openapi.json` has it all.\n"
+    )
+    yield from http_reference()
+    yield "\n## Errors and exit codes\n"
     yield f"{_indented(module_docstring(package / 'errors.py'))}\n"
     yield (
         "Other exit codes: 0 success, 1 unexpected error (or `optiq doctor` found something broken), "
         "130 interrupted.\nWith `--json` an error is the one document on stdout: "
         '`{"error": {"type", "message", "exit_code"}}`.\n'
     )
-    formats = (package.parent / "docs" / "formats.md").read_text(encoding="utf-8")
-    yield re.sub(r"^#", "##", formats, flags=re.MULTILINE).replace("](../", "](")
+    yield _below("docs/formats.md", package)
     yield "## Python API\n"
     described = [
         (_dotted(path, package), module_docstring(path), text)
@@ -110,6 +134,12 @@ def _reference(package: Path) -> Iterator[str]:
         yield f"- `{name}`: {docstring.splitlines()[0]}"
     for name, docstring, text in described:
         yield f"\n### {name}\n\n{docstring}\n\n{_indented(text)}"
+
+
+def _below(document: str, package: Path) -> str:
+    """A document as a chapter: its headings one level down, its links as seen from the root."""
+    text = (package.parent / document).read_text(encoding="utf-8")
+    return re.sub(r"^(#+ )", r"#\1", text, flags=re.MULTILINE).replace("](../", "](")
 
 
 def _command(command: Command) -> Iterator[str]:

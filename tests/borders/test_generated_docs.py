@@ -3,12 +3,14 @@
 import ast
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from mlx_optiq_ext.cli.main import COMMANDS, command_parser, summary
 from mlx_optiq_ext.cli.reference import generated_files
+from mlx_optiq_ext.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = generated_files(ROOT)
@@ -76,3 +78,32 @@ def test_the_python_example_imports_only_public_names() -> None:
     for node in ours:
         public = importlib.import_module(str(node.module)).__all__
         assert {alias.name for alias in node.names} <= set(public)
+
+
+def _shown_commands(document: str) -> list[str]:
+    """Lines of a document's shell blocks that call ``optiq``, continued lines joined."""
+    text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("optiq ")]
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+)
+def test_commands_that_documents_show_are_taken_by_their_parsers(document: str) -> None:
+    for line in _shown_commands(document):
+        words = shlex.split(re.split(r" [12]?> | \| | && | &$", line)[0], comments=True)[1:]
+        if words[:1] == ["--help"] or "…" in line:
+            continue
+        command = COMMANDS.get(" ".join(words[:2])) or COMMANDS.get(words[0])
+        assert command is not None, line
+        parser, _ = command_parser(command)
+        try:
+            parser.parse_args(words[1 + command.name.count(" ") :])
+        except (UsageError, SystemExit) as error:
+            pytest.fail(f"{document}: {line}: {error}")
+
+
+def test_recipes_show_commands() -> None:
+    assert len(_shown_commands("docs/recipes.md")) > 15
