@@ -77,29 +77,19 @@ def _add_job_tools(server: MCPServer[Any], jobs: Jobs) -> None:
         ctx: Context[Any, Any],
         model: Annotated[str, Field(description="Hub repository or folder of the unquantized model.")],
         out: Annotated[str, Field(description="Folder to make; must not exist.")],
-        target_bpw: Annotated[
-            float | None, Field(gt=1, le=16, description="Ceiling in stored bits per weight, such as 4.5.")
-        ] = None,
-        target_size: Annotated[
-            str | None, Field(description="Ceiling of the weights' bytes instead: 4.5GB, 900MB, 4GiB.")
-        ] = None,
-        fit: Annotated[
-            str | None,
-            Field(description="Memory that weights, KV cache and head room must fit into instead: 8GB."),
-        ] = None,
-        context: Annotated[int, Field(ge=1, description="Tokens of context that fit is for.")] = 8192,
+        target: Annotated[
+            str,
+            Field(
+                description="Ceiling: stored bits per weight ('4.5'), bytes of the weights ('4.5GB', '900MB'), or "
+                "memory that weights, KV cache at context and head room fit into ('fit 8GB')."
+            ),
+        ],
+        context: Annotated[int, Field(ge=1, description="Tokens of context that 'fit' is for.")] = 8192,
         wait_s: Wait = _WAIT_S,
     ) -> dict[str, Any]:
-        """Make a mixed-precision MLX checkpoint: measure sensitivity, choose bits, write, verify, score.
-
-        Give exactly one of target_bpw, target_size and fit.
-        """
-        words = ["convert", model, "-o", out]
-        given = {"--target-bpw": target_bpw, "--target-size": target_size, "--fit": fit}
-        for option, value in given.items():
-            if value is not None:
-                words += [option, str(value)]
-        return await begin([*words, "--context", str(context)], wait_s, ctx)
+        """Make a mixed-precision MLX checkpoint: measure sensitivity, choose bits, write, verify, score."""
+        words = ["convert", model, "-o", out, *_budget(target), "--context", str(context)]
+        return await begin(words, wait_s, ctx)
 
     @server.tool(annotations=_STARTS)
     async def score(
@@ -177,6 +167,15 @@ def _add_server_tools(server: MCPServer[Any], ask: Ask) -> None:
     ) -> Any:
         """Choose which adapter the requests get that name none."""
         return await asked("POST", "/v1/adapters/use", {"name": name, "model": model})
+
+
+def _budget(target: str) -> tuple[str, str]:
+    """The option of ``optiq convert`` that a target means; wrong values are refused by the command."""
+    word, _, size = target.strip().partition(" ")
+    if word == "fit":
+        return "--fit", size.strip()
+    is_number = target.strip().replace(".", "", 1).isdigit()
+    return "--target-bpw" if is_number else "--target-size", target.strip()
 
 
 def _reporter(ctx: Context[Any, Any]) -> OnProgress:

@@ -53,7 +53,7 @@ def test_tools_are_described_with_what_they_change() -> None:
             assert tool.description
             for field, schema in tool.input_schema.get("properties", {}).items():
                 assert schema.get("description"), f"{name}.{field}"
-        assert tools["quantize"].input_schema["required"] == ["model", "out"]
+        assert tools["quantize"].input_schema["required"] == ["model", "out", "target"]
 
     _with_client(work)
 
@@ -91,19 +91,23 @@ def test_no_server_is_an_answer_with_what_to_do() -> None:
     _with_client(work, nobody)
 
 
-def test_a_failing_job_says_why_and_stays_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("4.5", ["--target-bpw", "4.5"]), ("900MB", ["--target-size", "900MB"]), ("fit 8GB", ["--fit", "8GB"])],
+)
+def test_a_failing_job_says_why_and_stays_listed(target: str, words: list[str], tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
 
     async def work(client: Client) -> None:
         started = await client.call_tool(
-            "quantize", {"model": missing, "out": str(tmp_path / "out"), "target_bpw": 4.5, "wait_s": 60}
+            "quantize", {"model": missing, "out": str(tmp_path / "out"), "target": target, "wait_s": 60}
         )
         view = started.structured_content
         assert view is not None
         assert view["state"] == "failed"
         assert view["error"].startswith("no folder")
         assert view["command"][:4] == ["optiq", "convert", missing, "-o"]
-        assert view["command"][-4:] == ["--target-bpw", "4.5", "--context", "8192"]
+        assert view["command"][-4:] == [*words, "--context", "8192"]
         listed = await client.call_tool("list_jobs", {})
         assert view["job"] in str(listed.content)
         unknown = await client.call_tool("job", {"name": "no-1"})
