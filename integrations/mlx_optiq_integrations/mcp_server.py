@@ -80,7 +80,7 @@ def _add_job_tools(server: MCPServer[Any], jobs: Jobs) -> None:
         target: Annotated[
             str,
             Field(
-                description="Ceiling: stored bits per weight ('4.5'), bytes of the weights ('4.5GB', '900MB'), or "
+                description="Ceiling: stored bits per weight ('4.5'), bytes of the weights ('4.5GB'), or "
                 "memory that weights, KV cache at context and head room fit into ('fit 8GB')."
             ),
         ],
