@@ -140,7 +140,7 @@ class FakeEngine:
         return job
 
     def cancel(self, job: str) -> None:
-        """Note it and stop telling."""
+        """Note it and stop telling but the end."""
         self.cancelled.append(job)
         self._stops[job].set()
 
@@ -230,7 +230,7 @@ class FakeEngine:
         stop: threading.Event,
         model: str,
     ) -> None:
-        begun = False
+        begun, deltas = False, 0
         for step in steps:
             if not begun and not isinstance(step, Failed):
                 deliver(Accepted(prompt_tokens=PROMPT_TOKENS, model=model or "org/tiny"))
@@ -241,7 +241,14 @@ class FakeEngine:
                 while not (stop.is_set() or step.go.wait(0.005)):
                     pass
             elif not stop.is_set():
+                deltas += isinstance(step, TextDelta)
                 deliver(step)
             if stop.is_set():
+                usage = Usage(prompt_tokens=PROMPT_TOKENS, completion_tokens=deltas)
+                if job in self.cancelled:
+                    deliver(Finished(reason="cancelled", usage=usage))
+                else:
+                    failed = Failed.of(EngineStopped("the server is stopping", retry_after_s=2.0))
+                    deliver(msgspec.structs.replace(failed, completion_tokens=deltas))
                 break
         self.ended.append(job)

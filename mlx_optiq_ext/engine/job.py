@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
 from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_ext.types.chat import Generation
 from mlx_optiq_ext.types.events import (
@@ -102,7 +104,7 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """End with an error."""
-        self.emit(failed(error))
+        self.emit(msgspec.structs.replace(failed(error), completion_tokens=self.completion_tokens))
 
     def row(self) -> RowStatus:
         """What the dashboard shows of it."""

@@ -20,7 +20,7 @@ _LOOPBACK_NAMES = ("localhost", "ip6-localhost")
 _OPEN_PATHS = ("/", "/health")
 _BEARER = b"bearer "
 _ALLOWED_METHODS = "GET, POST, DELETE"
-_EXPOSED = "retry-after, request-id"
+_EXPOSED = "retry-after, request-id, x-request-id"
 
 Headers = Iterable[tuple[bytes, bytes]]
 

@@ -13,12 +13,14 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
 from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.serve.account import Account
 from mlx_optiq_ext.serve.run import JobFailed
 from mlx_optiq_ext.types.events import Failed
 
 __all__ = [
     "BodyOf",
     "ExceptionHandler",
+    "noted_problem",
     "problem_handler",
     "problem_of",
     "problem_response",
@@ -60,6 +62,13 @@ def problem_of(error: Exception) -> Failed:
     )
 
 
+def noted_problem(request: Request[Any, Any, Any], error: Exception) -> Failed:
+    """Say the same, and note it for the log."""
+    problem = problem_of(error)
+    Account.of(request.scope).see(problem)
+    return problem
+
+
 def problem_handler(body_of: BodyOf, statuses: Mapping[int, int] | None = None) -> ExceptionHandler:
     """Make the Litestar exception handler of a dialect, for ``exception_handlers={Exception: ...}``.
 
@@ -68,8 +77,8 @@ def problem_handler(body_of: BodyOf, statuses: Mapping[int, int] | None = None) 
         statuses: Statuses that the dialect knows by another number.
     """
 
-    def handle(_: Request[Any, Any, Any], error: Exception) -> Response[Any]:
-        return problem_response(problem_of(error), body_of, statuses)
+    def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+        return problem_response(noted_problem(request, error), body_of, statuses)
 
     return handle
 

@@ -3,7 +3,6 @@
 An ASGI layer between Litestar and its router, so that unknown paths pass through it as well.
 """
 
-import logging
 from typing import Any
 
 from litestar import Request
@@ -11,6 +10,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.serve.access_log import log_end
 from mlx_optiq_ext.serve.account import Account
 from mlx_optiq_ext.serve.auth import Doors
 from mlx_optiq_ext.serve.clients import Clients
@@ -19,9 +19,8 @@ from mlx_optiq_ext.serve.limits import arrive_within
 
 __all__ = ["Frame"]
 
-_log = logging.getLogger("mlx_optiq_ext.access")
-_QUIET_PATHS = ("/health", "/metrics", "/optiq/status", "/optiq/log")
-"""Asked again and again by machines: logged below INFO."""
+_ID_HEADERS = {"anthropic": b"request-id", "openai": b"x-request-id", "responses": b"x-request-id"}
+"""In which each dialect tells a request's id, that of the log."""
 
 
 class Frame:
@@ -53,13 +52,14 @@ class Frame:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *cors]
+                name = (_ID_HEADERS[account.dialect], account.id.encode())
+                message["headers"] = [*message["headers"], name, *cors]
             await send(message)
 
         try:
             await self._serve(scope, receive, noted)
         finally:
-            _log_request(scope, account, status)
+            log_end(account, status, scope["path"])
 
     async def _serve(self, scope: Any, receive: Receive, send: Send) -> None:
         server = (scope.get("server") or (None,))[0]
@@ -77,18 +77,3 @@ class Frame:
             return
         self._clients.note(scope)
         await self._inner(scope, arrive_within(receive, self._timeout_s), send)
-
-
-def _log_request(scope: Any, account: Account, status: int) -> None:
-    words = [f"{scope['method']} {scope['path']} {499 if account.client_left else status}"]
-    if account.model:
-        words.append(f"model={account.model}")
-        words.append(
-            f"tokens={account.prompt_tokens} cached={account.cached_tokens} out={account.completion_tokens}"
-        )
-    if account.first_token_s is not None:
-        words.append(f"first={account.first_token_s:.3f}s")
-    words.append(f"total={account.elapsed_s:.3f}s")
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status < 400 else logging.INFO
-    # A path may hold line ends after decoding; one request stays one line.
-    _log.log(level, "%s", " ".join(words).encode("unicode_escape").decode("ascii")[:1000])

@@ -5,6 +5,7 @@ Knows the engine's protocol and nothing of HTTP or of a dialect. Called by every
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -46,6 +47,7 @@ class Run:
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._waiting: list[tuple[int, Event]] = []
         self._jobs: dict[int, str] = {}
+        self._cancelled: set[int] = set()
 
     async def __aenter__(self) -> Self:
         try:
@@ -61,8 +63,13 @@ class Run:
     ) -> None:
         self._cancel()
 
-    async def accepted(self) -> Accepted:
-        """Wait until every prompt is rendered and fits; what the first of them says of itself.
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """The engine's names of those that run, in the order of the requests."""
+        return tuple(self._jobs.values())
+
+    async def accepted(self) -> list[Accepted]:
+        """Wait until every prompt is rendered and fits; what each says of itself, in order.
 
         Raises:
             JobFailed: The engine refuses one.
@@ -76,7 +83,7 @@ class Run:
                 self._waiting.append((index, event))
             else:
                 raise TypeError(f"a job's first event is {type(event).__name__}, not Accepted or Failed")
-        return accepted[0]
+        return [accepted[index] for index in range(len(self._requests))]
 
     async def events(self, heartbeat_s: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
         """Everything after ``Accepted``, up to and with the last ``Finished``, each with its answer's index.
@@ -99,6 +106,22 @@ class Run:
                 continue
             self._note_end(*told)
             yield told
+
+    async def last_events(self, timeout_s: float) -> list[Event]:
+        """What cancelled jobs still told, up to their ends, which say what they took.
+
+        Args:
+            timeout_s: How long to wait for the ends.
+        """
+        told: list[Event] = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._cancelled:
+                    index, event = await self._queue.get()
+                    told.append(event)
+                    if isinstance(event, Finished | Failed):
+                        self._cancelled.discard(index)
+        return told
 
     def _deliver(self, index: int) -> EventSink:
         loop = asyncio.get_running_loop()
@@ -125,4 +148,5 @@ class Run:
     def _cancel(self) -> None:
         for job in self._jobs.values():
             self._engine.cancel(job)
+        self._cancelled.update(self._jobs)
         self._jobs.clear()

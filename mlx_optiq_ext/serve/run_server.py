@@ -1,12 +1,14 @@
 """Listening: uvicorn around the application, from the socket to the last running answer.
 
-A first SIGTERM or SIGINT drains: new requests get 503, running ones end, and after ``drain_s`` what still
-runs is cut. A second one leaves at once. Called by ``optiq serve``.
+A first SIGTERM or SIGINT drains: new requests get 503 and running ones end. After ``drain_s``, or on a second
+signal, what still runs is cut: streams end with the error event of their dialect. A third one leaves at once.
+Called by ``optiq serve``.
 """
 
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -23,6 +25,8 @@ __all__ = ["Server", "require_free_address", "run_server"]
 _log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 75
+_LOOK_S = 0.1
+"""How soon a second signal shows while requests run."""
 _LAST_WORDS_S = 5
 """What answers get to be sent once the engine has ended them all."""
 
@@ -47,6 +51,7 @@ class Server(uvicorn.Server):
                 app,
                 http=limited_protocol(options.timeout_s),
                 ws="none",
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -60,6 +65,7 @@ class Server(uvicorn.Server):
         self._on_listening = on_listening
         self._socket = _listen(options.host, options.port)
         self._draining: threading.Thread | None = None
+        self._cut = threading.Event()
         self.engine_failed = False
 
     @property
@@ -77,17 +83,19 @@ class Server(uvicorn.Server):
             if self._draining is None:
                 self._engine.close()
             else:
-                self._draining.join()
+                self._draining.join(_LAST_WORDS_S if self.force_exit else None)
 
     def stop(self) -> None:
-        """Drain, then end; from any thread. The second call ends at once."""
-        if self._draining is not None:
+        """Drain, then end; from any thread. The second call cuts what runs, the third ends at once."""
+        if self._cut.is_set():
             self.force_exit = True
             self.should_exit = True
-            return
-        _log.info("stopping: running requests get %g s; stop again to leave at once", self._drain_s)
-        self._draining = threading.Thread(target=self._drain, name="optiq-drain", daemon=True)
-        self._draining.start()
+        elif self._draining is not None:
+            self._cut.set()
+        else:
+            _log.info("stopping: running requests get %g s; stop again to cut them", self._drain_s)
+            self._draining = threading.Thread(target=self._drain, name="optiq-drain", daemon=True)
+            self._draining.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's names
         """Stop on a signal; the process ends with our exit code, not by the signal."""
@@ -107,8 +115,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _drain(self) -> None:
-        if not self._engine.drain(self._drain_s):
-            _log.warning("requests still run after %g s and are cut", self._drain_s)
+        began = time.monotonic()
+        while not self._engine.drain(_LOOK_S):
+            if self._cut.is_set() or time.monotonic() - began >= self._drain_s:
+                running = len(self._engine.status().rows)
+                _log.warning("%d running requests are cut after %.1f s", running, time.monotonic() - began)
+                self._cut.set()
+                break
         self._engine.close()
         self.should_exit = True
 

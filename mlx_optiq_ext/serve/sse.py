@@ -17,6 +17,7 @@ from litestar import Request
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from mlx_optiq_ext.serve.access_log import CLIENT_LEFT, PrefillLog, log_start
 from mlx_optiq_ext.serve.account import Account
 from mlx_optiq_ext.serve.errors import problem_of
 from mlx_optiq_ext.serve.run import Run
@@ -36,6 +37,8 @@ __all__ = [
 T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
+_LAST_EVENTS_S = 2.0
+"""How long a row may take to leave, until its request is logged without the tokens it took."""
 _LINE_ENDS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 _log = logging.getLogger(__name__)
 
@@ -43,7 +46,11 @@ _log = logging.getLogger(__name__)
 class ClientLeft(HTTPException):
     """The client closed its connection before the answer was complete; nobody is told."""
 
-    status_code = 499
+    status_code = CLIENT_LEFT
+
+    def __init__(self) -> None:
+        # Without words Litestar would look for those of the status, which has none.
+        super().__init__("the client closed the connection before the answer was complete")
 
 
 class EventWriter(Protocol):
@@ -108,7 +115,7 @@ def sse_event(name: str | None, data: Any) -> bytes:
     return head + b"data: " + line + b"\n\n"
 
 
-def stream_answer(run: Run, writer: EventWriter, headers: Mapping[str, str] | None = None) -> ASGIApp:
+def stream_answer(run: Run, writer: EventWriter) -> ASGIApp:
     """Answer with server-sent events; to be returned by a route declared ``-> ASGIApp``.
 
     Raises:
@@ -121,23 +128,18 @@ def stream_answer(run: Run, writer: EventWriter, headers: Mapping[str, str] | No
 
         async def work() -> None:
             async with run:
-                accepted = await run.accepted()
-                account.see(accepted)
-                await send(
-                    _start(
-                        "text/event-stream; charset=utf-8", {"cache-control": "no-cache", **(headers or {})}
-                    )
-                )
+                accepted = await _accepted(run, account)
+                await send(_start("text/event-stream; charset=utf-8", {"cache-control": "no-cache"}))
                 await _send_more(send, writer.first(accepted))
                 await _send_events(run, writer, send, account)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        await _unless_left(receive, work(), account)
+        await _unless_left(receive, work(), run, account)
 
     return app
 
 
-def answer_whole(run: Run, collector: Collector, headers: Mapping[str, str] | None = None) -> ASGIApp:
+def answer_whole(run: Run, collector: Collector) -> ASGIApp:
     """Answer with one document when all is done; to be returned by a route declared ``-> ASGIApp``.
 
     Raises:
@@ -150,19 +152,19 @@ def answer_whole(run: Run, collector: Collector, headers: Mapping[str, str] | No
 
         async def work() -> bytes:
             async with run:
-                accepted = await run.accepted()
-                account.see(accepted)
-                collector.first(accepted)
+                collector.first(await _accepted(run, account))
+                prefill = PrefillLog(account)
                 async for told in run.events():
                     if told is not None:
                         index, event = told
                         account.see(event)
+                        prefill.see(event)
                         collector.feed(event, index)
             return msgspec.json.encode(collector.answer())
 
-        body = await _unless_left(receive, work(), account)
+        body = await _unless_left(receive, work(), run, account)
         if body is not None:
-            await send(_start("application/json", {"content-length": str(len(body)), **(headers or {})}))
+            await send(_start("application/json", {"content-length": str(len(body))}))
             await send({"type": "http.response.body", "body": body, "more_body": False})
 
     return app
@@ -178,17 +180,32 @@ async def until_left(request: Request[Any, Any, Any], future: "Future[T]") -> T:
     async def result() -> T:
         return await asyncio.wrap_future(future)
 
-    return await _until_left(request.receive, result())
+    try:
+        return await _until_left(request.receive, result())
+    except ClientLeft:
+        Account.of(request.scope).client_left = True
+        raise
+
+
+async def _accepted(run: Run, account: Account) -> Accepted:
+    """Wait until all answers are accepted, and log that they start; the first of them."""
+    account.jobs = run.jobs
+    accepted = await run.accepted()
+    for each in accepted:
+        account.see(each)
+    log_start(account)
+    return accepted[0]
 
 
 async def _send_events(run: Run, writer: EventWriter, send: Send, account: Account) -> None:
-    sent = time.monotonic()
+    sent, prefill = time.monotonic(), PrefillLog(account)
     try:
         async for told in run.events(HEARTBEAT_S):
             chunk = b""
             if told is not None:
                 index, event = told
                 account.see(event)
+                prefill.see(event)
                 chunk = writer.feed(event, index)
             if not chunk and time.monotonic() - sent >= HEARTBEAT_S:
                 chunk = writer.heartbeat()
@@ -196,14 +213,20 @@ async def _send_events(run: Run, writer: EventWriter, send: Send, account: Accou
                 sent = time.monotonic()
                 await _send_more(send, chunk)
     except Exception as error:  # noqa: BLE001 - a border: headers are out, so the stream itself tells
-        await _send_more(send, writer.failed(problem_of(error)))
+        problem = problem_of(error)
+        account.see(problem)
+        await _send_more(send, writer.failed(problem))
 
 
-async def _unless_left(receive: Receive, work: Coroutine[Any, Any, T], account: Account) -> T | None:
+async def _unless_left(
+    receive: Receive, work: Coroutine[Any, Any, T], run: Run, account: Account
+) -> T | None:
     try:
         return await _until_left(receive, work)
     except ClientLeft:
         account.client_left = True
+        for event in await run.last_events(_LAST_EVENTS_S):
+            account.see(event)
         return None
 
 

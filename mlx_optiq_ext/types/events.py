@@ -136,6 +136,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """Path of the field that is to blame, in the words of :mod:`mlx_optiq_ext.types.chat`."""
     limit: int | None = None
     """Tokens of the context, of ``PromptTooLong``."""
+    completion_tokens: int = 0
+    """Generated before it failed."""
 
     @classmethod
     def of(cls, error: OptiqError) -> Self:

@@ -1,7 +1,5 @@
 """The HTTP frame: paths, methods, keys, pages, the log, and what operators ask for."""
 
-import logging
-
 import msgspec
 import pytest
 from litestar.testing import TestClient
@@ -142,23 +140,6 @@ def test_an_unexpected_error_is_500_without_its_words(caplog: pytest.LogCaptureF
     assert answered.status_code == 500
     assert "secret" not in answered.text
     assert "secret" in caplog.text
-
-
-def test_each_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "mlx_optiq_ext.access")
-    with client_of(FakeEngine()) as client:
-        client.post(
-            "/v1/chat/completions", json={**HELLO, "user": "private"}, headers={"x-api-key": "private"}
-        )
-        client.get("/v1/models/a%0Ab")
-        client.get("/health")
-    lines = [record.getMessage() for record in caplog.records if record.name == "mlx_optiq_ext.access"]
-    assert lines[0].startswith(
-        "POST /v1/chat/completions 200 model=org/tiny tokens=100 cached=64 out=12 first="
-    )
-    assert lines[1].startswith("GET /v1/models/a\\nb 404 total=")
-    assert len(lines) == 2
-    assert "private" not in "".join(lines)
 
 
 def test_status_load_unload_and_clear() -> None:

@@ -1,10 +1,12 @@
 """Clients that leave, heads that never end, and a server that is told to stop, on a real socket."""
 
 import http.client
+import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import msgspec
@@ -22,7 +24,19 @@ UNFINISHED = (
     b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     b"content-length: 9\r\n\r\n{"
 )
+BODIES = {
+    b"/v1/completions": b'{"prompt":"hi","stream":%s}',
+    b"/v1/responses": b'{"input":"hi","stream":%s}',
+    b"/v1/messages": (
+        b'{"model":"m","max_tokens":9,"messages":[{"role":"user","content":"hi"}],"stream":%s}'
+    ),
+    b"/v1/messages/count_tokens": (b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":%s}'),
+}
 BODY = b'{"messages":[{"role":"user","content":"hi"}],"stream":%s}'
+
+
+def _access_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "mlx_optiq_ext.access"]
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -60,37 +74,118 @@ def _running(engine: FakeEngine, **options: float) -> Iterator[tuple[Server, int
         assert not thread.is_alive()
 
 
-def _post(port: int, stream: bool) -> socket.socket:
-    body = BODY % (b"true" if stream else b"false")
+def _post(port: int, stream: bool, path: bytes = b"/v1/chat/completions") -> socket.socket:
+    body = (BODIES.get(path) or BODY) % (b"true" if stream else b"false")
     client = socket.create_connection(("127.0.0.1", port), timeout=10)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head = b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n" % path
     client.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
     return client
 
 
+def _read_until(client: socket.socket, words: bytes) -> bytes:
+    received = b""
+    while words not in received:
+        piece = client.recv(65536)
+        assert piece, received
+        received += piece
+    return received
+
+
+def _rest(client: socket.socket) -> bytes:
+    received = b""
+    while piece := client.recv(65536):
+        received += piece
+    return received
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_cancels_its_job(stream: bool) -> None:
+def test_a_client_that_leaves_cancels_its_job_and_is_logged_once(
+    stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     engine = FakeEngine(_endless(Until()))
     with _running(engine) as (_, port):
         client = _post(port, stream)
         if stream:
-            received = b""
-            while b'"content":"a"' not in received:
-                received += client.recv(65536)
+            _read_until(client, b'"content":"a"')
         else:
             _until(lambda: len(engine.requests) == 1)
+            time.sleep(0.1)
         client.close()
         _until(lambda: engine.ended == ["job1"])
+        _until(lambda: " 499 " in caplog.text)
         assert engine.cancelled == ["job1"]
+    ends = [line for line in _access_lines(caplog) if " started " not in line]
+    assert len(ends) == 1
+    assert " 499 model=org/tiny prompt=100 cached=0 out=1 " in ends[0]
+    assert "Traceback" not in caplog.text
+
+
+def test_a_client_that_leaves_while_its_tokens_are_counted_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Slow(FakeEngine):
+        def count_tokens(self, request: Generation) -> Future[int]:
+            self.requests.append(request)
+            return Future()
+
+    caplog.set_level(logging.INFO)
+    engine = Slow()
+    with _running(engine) as (_, port):
+        client = _post(port, False, b"/v1/messages/count_tokens")
+        _until(lambda: len(engine.requests) == 1)
+        client.close()
+        _until(lambda: " 499 " in caplog.text)
+    assert len(_access_lines(caplog)) == 1
+    assert "Traceback" not in caplog.text
+
+
+CUT = {
+    b"/v1/chat/completions": (b'data: {"error":{"message":"the server is stopping"', b""),
+    b"/v1/completions": (b'data: {"error":{"message":"the server is stopping"', b""),
+    b"/v1/messages": (b"event: error\n", b'"message":"the server is stopping"'),
+    b"/v1/responses": (b"event: response.failed\n", b'"message":"the server is stopping"'),
+}
+
+
+@pytest.mark.parametrize("path", CUT)
+def test_streams_that_are_cut_by_a_second_stop_end_with_an_error_event(
+    path: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine(_endless(Until()))
+    with _running(engine, drain_s=60.0) as (server, port):
+        client, whole = _post(port, True, path), _post(port, False, path)
+        _read_until(client, b'"a"')
+        _until(lambda: len(engine.requests) == 2)
+        server.stop()
+        _until(lambda: engine.now.state == "draining")
+        server.stop()
+        received, refused = _rest(client), _rest(whole)
+    for words in CUT[path]:
+        assert words in received
+    assert refused.startswith(b"HTTP/1.1 503")
+    assert b"the server is stopping" in refused
+    ends = [line for line in _access_lines(caplog) if " started " not in line]
+    assert len(ends) == 2
+    assert all(" 503 model=" in line and " prompt=100 cached=0 out=1 " in line for line in ends)
+    assert all(line.endswith("EngineStopped: the server is stopping") for line in ends)
+    assert "Traceback" not in caplog.text
+
+
+def test_streams_that_outlast_the_drain_end_with_an_error_event() -> None:
+    engine = FakeEngine(_endless(Until()))
+    with _running(engine, drain_s=0.3) as (server, port):
+        client = _post(port, stream=True)
+        _read_until(client, b'"content":"a"')
+        server.stop()
+        assert b'data: {"error":' in _rest(client)
 
 
 def test_headers_and_first_event_leave_before_prefill() -> None:
     engine = FakeEngine(_endless(Until(), first=False))
     with _running(engine) as (_, port):
         client = _post(port, stream=True)
-        received = b""
-        while b'"role":"assistant"' not in received:
-            received += client.recv(65536)
+        received = _read_until(client, b'"role":"assistant"')
         assert received.startswith(b"HTTP/1.1 200")
         client.close()
 
