@@ -98,10 +98,18 @@ class Jobs:
         }
         if not job.is_running:
             try:
-                view |= {"result": await job.wait(), "state": "finished"}
+                view |= {"result": _brief(await job.wait()), "state": "finished"}
             except CommandFailed as error:
                 view |= {"error": str(error), "state": "stopped" if job.was_stopped else "failed"}
         return view
+
+
+def _brief(result: Any) -> Any:
+    """A result without its list of every tensor, which fills an agent's context; ``report`` has it."""
+    if isinstance(result, dict) and isinstance(result.get("allocation"), dict):
+        rest = {name: value for name, value in result["allocation"].items() if name != "bit_map"}
+        return {**result, "allocation": rest}
+    return result
 
 
 async def run_short(words: Sequence[str]) -> Any:

@@ -124,9 +124,13 @@ def _add_job_tools(server: MCPServer[Any], jobs: Jobs) -> None:
     @server.tool(annotations=_LOOKS)
     async def report(
         folder: Annotated[str, Field(description="Folder that quantize made, or a sensitivity file.")],
-    ) -> Any:
-        """Show how a checkpoint's bits were spent: comparison, bits per tensor, divergence by budget."""
-        return await _said(run_short(["report", folder]))
+        tensors: Annotated[bool, Field(description="Also list every tensor's bits (long).")] = False,
+    ) -> dict[str, Any]:
+        """Show how a checkpoint's bits were spent: comparison, bits by kind, divergence by budget."""
+        shown = dict(await _said(run_short(["report", folder])))
+        if not tensors:
+            shown.pop("heat_map", None)
+        return shown
 
 
 def _add_server_tools(server: MCPServer[Any], ask: Ask) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from mcp import StdioServerParameters
 from mcp.client.client import Client
+from support_tables import make_table
 
 from mlx_optiq_ext.errors import EngineError, RequestError
+from mlx_optiq_ext.formats.sensitivity import write_sensitivity
 from mlx_optiq_integrations.mcp_jobs import Jobs
 from mlx_optiq_integrations.mcp_server import make_mcp_server
 
@@ -147,6 +149,21 @@ def test_waiting_ends_while_the_job_goes_on(tmp_path: Path, monkeypatch: pytest.
 
     asyncio.run(run())
     assert seen[0] == 1
+
+
+def test_reports_leave_every_tensor_out_unless_asked(tmp_path: Path) -> None:
+    table = tmp_path / "sensitivity.json"
+    write_sensitivity(table, make_table())
+
+    async def work(client: Client) -> None:
+        short = (await client.call_tool("report", {"folder": str(table)})).structured_content
+        long = (await client.call_tool("report", {"folder": str(table), "tensors": True})).structured_content
+        assert short is not None
+        assert long is not None
+        assert "facts" in short
+        assert set(long) - set(short) == {"heat_map"}
+
+    _with_client(work)
 
 
 def test_the_command_speaks_over_a_pipe() -> None:
