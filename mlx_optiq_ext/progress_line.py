@@ -7,7 +7,7 @@ recipe.
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TextIO
 
@@ -128,8 +128,9 @@ class ProgressLine:
 class JsonProgress:
     """A progress sink for programs: one JSON object a line.
 
-    ``{"stage", "done", "total", "detail", "replayed", "seconds", "seconds_left"}``, at most ten a second and
-    always the first and the last of a stage; ``seconds_left`` is null while unknown. Notes are ``{"note"}``.
+    ``{"stage", "done", "total", "detail", "replayed", "seconds", "seconds_left", "values"}``, at most ten a
+    second and always the first and the last of a stage; ``seconds_left`` is null while unknown. Notes are
+    ``{"note"}``; whatever else a command finds has a name of its own.
     Belongs to the thread that made it.
 
     Args:
@@ -158,7 +159,7 @@ class JsonProgress:
             return
         self._written = now
         rate = self._pace.per_second
-        self._write(
+        self.write(
             {
                 "stage": event.stage,
                 "done": event.done,
@@ -167,17 +168,19 @@ class JsonProgress:
                 "replayed": event.replayed,
                 "seconds": round(now - self._pace.started, 3),
                 "seconds_left": round(max(event.total - event.done, 0) / rate, 1) if rate > 0 else None,
+                "values": event.values,
             }
         )
 
     def note(self, text: str) -> None:
         """Write a line for the user."""
-        self._write({"note": text})
+        self.write({"note": text})
 
     def end(self) -> None:
         """Nothing is open between lines."""
 
-    def _write(self, document: dict[str, object]) -> None:
+    def write(self, document: Mapping[str, object]) -> None:
+        """Write one object."""
         stream = self._stream or sys.stderr
         stream.write(f"{msgspec.json.encode(document).decode()}\n")
         stream.flush()

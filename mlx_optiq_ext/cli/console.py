@@ -7,7 +7,7 @@ tables and JSON documents. Made by each command from its parsed arguments.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 import msgspec
@@ -35,6 +35,7 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.json_output = json_output
+        self._quiet = quiet
         self._out = out
         self._line: ProgressLine | JsonProgress = (
             JsonProgress(err, clock=clock) if progress_json else ProgressLine(err, quiet=quiet, clock=clock)
@@ -61,6 +62,18 @@ class Console:
     def note(self, text: str) -> None:
         """Write one line for the user on stderr."""
         self._line.note(text)
+
+    def finding(self, document: Mapping[str, object], text: str) -> None:
+        """Show on stderr what was found on the way: with ``--progress-json`` ``document``, else ``text``.
+
+        Args:
+            document: One JSON line; its first key says what it is.
+            text: The same for people; ``--quiet`` leaves it out.
+        """
+        if isinstance(self._line, JsonProgress):
+            self._line.write(document)
+        elif not self._quiet:
+            self._line.note(text)
 
     def result(self, document: object, text: str) -> None:
         """Print the command's one result: ``document`` as JSON with ``--json``, else ``text``.

@@ -74,6 +74,7 @@ class Trainer(Generic[_T]):
         self._arrays: Arrays = {}
         self._resumed_at: int | None = None
         self._shown: dict[str, str] = {}
+        self._values: dict[str, float] = {}
 
     @property
     def padded_share(self) -> float:
@@ -114,6 +115,7 @@ class Trainer(Generic[_T]):
                 if self._valid and self.state.best_loss is None:
                     self.state = self._validate(self.state)
                     self._take()
+                    self._draw(self.state)
                 while self.state.step < self.num_updates and not self.stopped_early:
                     self.state = self._next(self.state)
                     self._take()
@@ -157,6 +159,14 @@ class Trainer(Generic[_T]):
             seconds=state.seconds + seconds,
             interval=interval,
         )
+        self._values |= {
+            "loss": sums.loss / sums.weight,
+            "learning_rate": _number(self._optimizer.learning_rate),
+            "gradient_norm": norm,
+            "tokens_per_s": sums.num_tokens / seconds,
+            "peak_memory_nbytes": mx.get_peak_memory(),
+            **{name: value / sums.weight for name, value in sums.values.items()},
+        }
         is_last = state.step == self.num_updates
         if is_last or state.step % self._options.report_every == 0:
             state = self._report(state, norm)
@@ -230,6 +240,8 @@ class Trainer(Generic[_T]):
         record = ValidationRecord(step=state.step, loss=loss, is_best=is_best, values=values)
         self._store.add_metric(record)
         self._shown["validation"] = f"validation {loss:.4f}"
+        self._values |= {"validation_loss": loss, "validation_step": state.step}
+        self._values |= {f"validation_{name}": value for name, value in values.items()}
         if not is_best:
             return replace(state, misses=state.misses + 1)
         self._arrays = {**self._arrays, "best": self._adapter()}
@@ -243,6 +255,7 @@ class Trainer(Generic[_T]):
             total=self.num_updates,
             detail=", ".join(shown),
             replayed=self._resumed_at or 0,
+            values=dict(self._values),
         )
         self._progress(event)
 

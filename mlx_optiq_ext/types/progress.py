@@ -20,6 +20,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How many of ``done`` an earlier run finished: they took no time, and say nothing of the time left."""
     note: str = ""
     """A line to show once and to keep, such as what is continued from where."""
+    values: dict[str, float] = {}
+    """Figures of the work by name, such as ``loss``: for programs; people read ``detail``."""
 
 
 ProgressSink: TypeAlias = Callable[[Progress], None]

@@ -187,6 +187,7 @@ def test_progress_for_programs_is_json_lines_with_the_time_left() -> None:
         "replayed": 0,
         "seconds": 4.0,
         "seconds_left": 4.0,
+        "values": {},
     }
 
 
@@ -197,3 +198,24 @@ def test_progress_for_programs_is_at_most_ten_lines_a_second() -> None:
     assert done[0] == 0
     assert done[-1] == 1000
     assert len(done) <= 12
+
+
+def test_figures_go_to_programs_as_numbers() -> None:
+    err = io.StringIO()
+    Console(err=err, progress_json=True).progress(
+        Progress(stage="train", done=1, total=2, values={"loss": 1.5})
+    )
+    assert json.loads(err.getvalue())["values"] == {"loss": 1.5}
+
+
+def test_findings_are_json_for_programs_and_text_for_people() -> None:
+    shown: dict[str, str] = {}
+    for name, options in {
+        "program": {"progress_json": True, "quiet": True},
+        "people": {},
+        "quiet": {"quiet": True},
+    }.items():
+        err = io.StringIO()
+        Console(err=err, **options).finding({"ranks": {"a": 4}}, "a  4")
+        shown[name] = err.getvalue()
+    assert shown == {"program": '{"ranks":{"a":4}}\n', "people": "a  4\n", "quiet": ""}

@@ -18,6 +18,7 @@ from support_models import QWEN3_MOE, save_model_folder, tiny_model
 from support_training import CHAT_TEMPLATE
 
 from mlx_optiq_ext.cli.lora import train as command
+from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.errors import OutputExists, UsageError
 from mlx_optiq_ext.formats.adapter import find_adapter
 from mlx_optiq_ext.hub.resolve import resolve_model
@@ -34,6 +35,7 @@ from mlx_optiq_ext.models.load import load_model
 from mlx_optiq_ext.quant.exact import make_exact
 from mlx_optiq_ext.stop import Stopped
 from mlx_optiq_ext.types.adapter import AdapterOptions
+from mlx_optiq_ext.types.progress import Progress
 from mlx_optiq_ext.types.training import (
     CURVE_FILE,
     METRICS_FILE,
@@ -108,6 +110,37 @@ def test_adapter_loads_and_gives_the_loss_that_was_reported(base, chats, tmp_pat
     assert config.training.settings["learning_rate"] == QUICK.learning_rate
     found = _validation_with(job, job.out)
     assert found == pytest.approx(summary.validation.loss, rel=1e-5)
+
+
+def test_progress_carries_the_figures_of_every_update(base, chats, tmp_path) -> None:
+    events: list[Progress] = []
+    job = _job(base, chats, tmp_path / "out")
+    train_adapter(job, progress=events.append)
+    steps = [event for event in events if event.stage == "train"]
+    assert [event.done for event in steps] == list(range(7))
+    assert set(steps[0].values) == {"validation_loss", "validation_step"}
+    records = read_metrics(job.out / METRICS_FILE)
+    for record in records:
+        values = steps[record.step].values
+        if isinstance(record, TrainRecord):
+            assert values["loss"] == pytest.approx(record.loss, rel=1e-6)
+            assert values["learning_rate"] == record.learning_rate
+            assert values["tokens_per_s"] == pytest.approx(record.tokens_per_s, rel=1e-6)
+            assert values["peak_memory_nbytes"] > 0
+        else:
+            assert (values["validation_step"], values["validation_loss"]) == (record.step, record.loss)
+
+
+def test_ranks_and_figures_are_json_lines_for_programs(base, chats, tmp_path, capsys) -> None:
+    words = ["lora", "train", str(base), "--data", str(chats), "-o", str(tmp_path / "out"), "--steps", "2"]
+    assert main([*words, "--json", "--progress-json"]) == 0
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in err.splitlines()]
+    ranks = next(line["ranks"] for line in lines if "ranks" in line)
+    assert ranks == json.loads(out)["ranks"]["ranks"]
+    last = [line for line in lines if line.get("stage") == "train"][-1]
+    assert last["done"] == 2
+    assert {"loss", "validation_loss", "learning_rate"} <= last["values"].keys()
 
 
 def _validation_with(job: TrainJob, adapter: Path) -> float:

@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
     def show_ranks(ranks: RankMap) -> None:
         shown.append(ranks)
-        if not args.quiet:
-            console.note(terminal_text(rank_report(title, ranks), is_terminal=sys.stderr.isatty()))
+        text = terminal_text(rank_report(title, ranks), is_terminal=sys.stderr.isatty())
+        console.finding({"ranks": ranks.ranks}, text)
 
     def show_note(text: str) -> None:
         notes.append(text)
