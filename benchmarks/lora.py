@@ -21,7 +21,8 @@ preload_blas()
 
 from mlx_optiq_ext import __version__  # noqa: E402
 from mlx_optiq_ext.hub.resolve import resolve_model  # noqa: E402
-from mlx_optiq_ext.lora.train import TrainJob, train_adapter  # noqa: E402
+from mlx_optiq_ext.lora.prepare import TrainJob  # noqa: E402
+from mlx_optiq_ext.lora.train import train_adapter  # noqa: E402
 from mlx_optiq_ext.types.adapter import AdapterOptions, RankMap  # noqa: E402
 from mlx_optiq_ext.types.model import ModelRef  # noqa: E402
 from mlx_optiq_ext.types.training import TrainOptions  # noqa: E402

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.lora.masks import Pair, Sample
+from mlx_optiq_ext.types.training import TrainOptions
 
 __all__ = ["Batch", "Order", "collate", "fit_length"]
 
@@ -61,6 +62,10 @@ class Order:
     def updates_per_epoch(self) -> int:
         """Updates that every example takes part in once."""
         return -(-len(self._lengths) // self._per_update)
+
+    def num_updates(self, options: TrainOptions) -> int:
+        """Updates of a whole training."""
+        return options.steps or options.epochs * self.updates_per_epoch
 
     def update(self, number: int) -> list[int]:
         """Examples of one update, counted from 0, by length."""

@@ -63,7 +63,7 @@ class Trainer(Generic[_T]):
         self._progress = progress
         lengths = [objective.length(item) for item in self._train]
         self._order = Order(lengths, options.batch_size * options.accumulate, options.seed)
-        self.num_updates = options.steps or options.epochs * self._order.updates_per_epoch
+        self.num_updates = self._order.num_updates(options)
         """Updates until the end."""
         self._optimizer = build_optimizer(options, self.num_updates)
         self._gradient = nn.value_and_grad(model, objective.sums)

@@ -3,7 +3,6 @@
 Knows the order of the steps; each step is a module of its own. Called by ``optiq lora train``.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,21 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from mlx_optiq_ext.errors import OutputExists, UsageError
-from mlx_optiq_ext.formats.atomic import require_absent, require_writable, write_bytes_atomic
+from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.hub.fingerprint import fingerprint
-from mlx_optiq_ext.lora.checkpoint import CHECKPOINT_FILE, Arrays, Store, read_metrics
+from mlx_optiq_ext.lora.checkpoint import Arrays, read_metrics
 from mlx_optiq_ext.lora.dpo import Judged, Preferring, judge_pairs
 from mlx_optiq_ext.lora.files import describe_adapter, save_adapter
 from mlx_optiq_ext.lora.logprobs import LogProbs
 from mlx_optiq_ext.lora.loop import Trainer
 from mlx_optiq_ext.lora.loss_curve import loss_scene
 from mlx_optiq_ext.lora.objective import NotFinite
-from mlx_optiq_ext.lora.plan import plan_adapter
+from mlx_optiq_ext.lora.prepare import NOT_IN_SETTINGS, TrainJob, prepare_training
 from mlx_optiq_ext.lora.sft import Imitation
-from mlx_optiq_ext.lora.tokens import TokenData, tokenize_dataset
-from mlx_optiq_ext.models.load import load_model
+from mlx_optiq_ext.lora.tokens import TokenData
 from mlx_optiq_ext.quant.exact import make_exact
 from mlx_optiq_ext.quant.report_html import svg_document
-from mlx_optiq_ext.types.adapter import AdapterConfig, AdapterOptions, RankMap, TrainingFacts
-from mlx_optiq_ext.types.model import ModelRef
+from mlx_optiq_ext.types.adapter import AdapterConfig, RankMap, TrainingFacts
 from mlx_optiq_ext.types.progress import ProgressSink, ignore_progress
 from mlx_optiq_ext.types.training import (
     CURVE_FILE,
@@ -42,22 +38,7 @@ from mlx_optiq_ext.types.training import (
     ValidationRecord,
 )
 
-__all__ = ["TrainJob", "train_adapter"]
-
-_NOT_IN_SETTINGS = ("resume", "save_every")
-"""Options that change no number."""
-
-
-class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What is trained on what, and where to."""
-
-    base: ModelRef
-    data: str
-    """See :func:`~mlx_optiq_ext.lora.dataset.load_dataset`."""
-    out: Path
-    options: TrainOptions = TrainOptions()
-    adapter: AdapterOptions = AdapterOptions()
-    trust_remote_code: bool = False
+__all__ = ["train_adapter"]
 
 
 def train_adapter(
@@ -83,19 +64,10 @@ def train_adapter(
         NotFinite: A loss or gradient is no number; the last good adapter is written.
         KeyboardInterrupt: Went through, after a checkpoint was saved.
     """
-    _require_usable(job)
-    data = tokenize_dataset(
-        job.data, job.base, job.options, progress, trust_remote_code=job.trust_remote_code
-    )
-    for line in data.notes:
-        on_note(line)
-    model, _ = load_model(job.base, trust_remote_code=job.trust_remote_code)
-    adapter = plan_adapter(model, job.base, job.adapter, progress, trust_remote_code=job.trust_remote_code)
-    ranks = adapter.ranks
-    on_ranks(ranks)
+    ready = prepare_training(job, on_ranks=on_ranks, on_note=on_note, progress=progress)
+    data, model, store, ranks = ready.data, ready.model, ready.store, ready.plan.ranks
     make_exact(model, job.base.source, remedy="train it on a larger machine")
-    adapter.apply(model, dropout=job.options.dropout, seed=job.options.seed, progress=progress)
-    store = Store(job.out, _settings(job, data, ranks))
+    ready.plan.apply(model, dropout=job.options.dropout, seed=job.options.seed, progress=progress)
     if not job.options.resume:
         store.discard()
     found = store.load()
@@ -125,40 +97,6 @@ def train_adapter(
         kept = finish([]).kept_step
         raise NotFinite(f"{error}; {hint}. The adapter of update {kept} is in {job.out}") from error
     return finish(parts.test)
-
-
-def _require_usable(job: TrainJob) -> None:
-    options, out = job.options, job.out
-    if options.method == "dpo" and options.train_on == "all":
-        raise UsageError("--train-on all is for sft; dpo compares answers")
-    if options.label_smoothing and (options.method != "dpo" or options.dpo_loss != "sigmoid"):
-        raise UsageError("--label-smoothing belongs to --method dpo --dpo-loss sigmoid; leave it out")
-    if not out.exists():
-        require_absent(out)
-        return
-    present = {entry.name for entry in out.iterdir()} if out.is_dir() else {out.name}
-    if not present <= {CHECKPOINT_FILE, METRICS_FILE}:
-        raise OutputExists(
-            f"output {out} already exists and is no unfinished training; remove it or choose another with -o"
-        )
-    require_writable(out / METRICS_FILE)
-
-
-def _settings(job: TrainJob, data: TokenData, ranks: RankMap) -> dict[str, str]:
-    """All that the result depends on, by name."""
-    options = {**msgspec.structs.asdict(job.options), **msgspec.structs.asdict(job.adapter)}
-    named = {
-        f"--{name.replace('_', '-')}": str(value)
-        for name, value in options.items()
-        if name not in _NOT_IN_SETTINGS
-    }
-    table = msgspec.json.encode(sorted(ranks.ranks.items()))
-    return {
-        **named,
-        "model": fingerprint(job.base).sha256,
-        "data": data.sha256,
-        "ranks": hashlib.sha256(table).hexdigest(),
-    }
 
 
 def _judged(
@@ -218,7 +156,7 @@ def _config(job: TrainJob, ranks: RankMap, summary: TrainSummary, data: TokenDat
         num_tokens=summary.num_tokens,
         train_loss=summary.train_loss,
         validation_loss=summary.validation.loss if summary.validation else None,
-        settings={name: value for name, value in settings.items() if name not in _NOT_IN_SETTINGS},
+        settings={name: value for name, value in settings.items() if name not in NOT_IN_SETTINGS},
         notes=data.notes,
     )
     return describe_adapter(

@@ -12,7 +12,9 @@ __all__ = [
     "CURVE_FILE",
     "METRICS_FILE",
     "Metric",
+    "PartSize",
     "TrainOptions",
+    "TrainPreview",
     "TrainRecord",
     "TrainSummary",
     "ValidationRecord",
@@ -149,3 +151,28 @@ class TrainSummary(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     """Of training, without validation; earlier sessions included."""
     peak_memory_nbytes: int
+
+
+class PartSize(msgspec.Struct, frozen=True, kw_only=True):
+    """How much there is in one part of a data set, after cutting."""
+
+    examples: int
+    """Of dpo: pairs."""
+    tokens: int
+    learnt_tokens: int
+    longest: int
+    """Tokens of the longest example."""
+
+
+class TrainPreview(msgspec.Struct, frozen=True, kw_only=True):
+    """What a training would do."""
+
+    train: PartSize
+    valid: PartSize
+    test: PartSize
+    updates_per_epoch: int
+    updates: int
+    done_updates: int = 0
+    """Of a stopped training that would go on."""
+    num_parameters: int
+    """Of the adapter."""

@@ -28,9 +28,11 @@ from mlx_optiq_ext.lora.logprobs import LogProbs
 from mlx_optiq_ext.lora.loop import Trainer
 from mlx_optiq_ext.lora.loss_curve import loss_scene
 from mlx_optiq_ext.lora.objective import NotFinite
+from mlx_optiq_ext.lora.prepare import TrainJob
+from mlx_optiq_ext.lora.preview import preview_training
 from mlx_optiq_ext.lora.sft import Imitation
 from mlx_optiq_ext.lora.tokens import tokenize_dataset
-from mlx_optiq_ext.lora.train import TrainJob, train_adapter
+from mlx_optiq_ext.lora.train import train_adapter
 from mlx_optiq_ext.models.load import load_model
 from mlx_optiq_ext.quant.exact import make_exact
 from mlx_optiq_ext.stop import Stopped
@@ -287,6 +289,55 @@ def test_command_prints_ranks_then_one_document(base, chats, tmp_path, capsys) -
     assert "Ranks by module" in printed.err
     assert printed.err.index("Ranks by module") < printed.err.index("train ")
     assert "note: 1 of 16 examples are held out for validation" in printed.err
+
+
+def test_dry_run_checks_counts_and_writes_nothing(base, chats, tmp_path, capsys) -> None:
+    words = ["lora", "train", str(base), "--data", str(chats), "-o", str(tmp_path / "out")]
+    options = ["--batch-size", "4", "--accumulate", "2", "--epochs", "3", "--validation-share", "0.25"]
+    assert main([*words, *options, "--dry-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    preview = found["preview"]
+    assert (preview["train"]["examples"], preview["valid"]["examples"]) == (12, 4)
+    assert preview["test"] == {"examples": 0, "tokens": 0, "learnt_tokens": 0, "longest": 0}
+    assert (preview["updates_per_epoch"], preview["updates"], preview["done_updates"]) == (2, 6, 0)
+    job = _job(base, chats, tmp_path / "other", replace(QUICK, steps=3, epochs=1))
+    assert train_adapter(job).num_tokens == preview["train"]["tokens"]  # 3 updates of 4: every example once
+    assert sum(found["ranks"]["ranks"].values()) > 0
+    assert "4 of 16 examples are held out for validation" in found["notes"]
+    assert "Ranks by module" in printed.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_a_stopped_training_says_where_it_would_go_on(base, chats, tmp_path) -> None:
+    job = _job(base, chats, tmp_path / "out")
+    with pytest.raises(Stopped):
+        train_adapter(job, progress=_stop_at(4))
+    kept = {file.name: file.read_bytes() for file in job.out.iterdir()}
+    notes: list[str] = []
+    assert preview_training(job, on_note=notes.append).done_updates == 3
+    assert notes[-1].startswith("would go on after update 3")
+    assert {file.name: file.read_bytes() for file in job.out.iterdir()} == kept
+    with pytest.raises(UsageError, match="other settings"):
+        preview_training(replace(job, options=replace(QUICK, beta=0.2)))
+
+
+def test_dry_run_refuses_what_the_training_would(base, chats, tmp_path, capsys) -> None:
+    (tmp_path / "bad.jsonl").write_text(chats.read_text() + '{"messages": []}\n')
+    data = tmp_path / "bad.jsonl"
+    words = ["lora", "train", str(base), "--data", str(data), "-o", str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 2
+    assert "bad.jsonl, line 17" in capsys.readouterr().err
+
+
+def test_dry_run_shows_a_table(base, preferences, tmp_path, capsys) -> None:
+    words = ["lora", "train", str(base), "--data", str(preferences), "-o", str(tmp_path / "out")]
+    assert main([*words, "--method", "dpo", "--dry-run", "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["data", "examples", "tokens", "learnt", "longest"]
+    assert lines[2].split()[:2] == ["training", "15"]
+    assert lines[-1].startswith("4 updates, 4 an epoch; ")
+    assert lines[-1].endswith("parameters. Nothing was trained.")
 
 
 def test_command_shows_a_table(base, chats, tmp_path, capsys) -> None:

@@ -17,13 +17,15 @@ from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.hub.resolve import resolve_model
+from mlx_optiq_ext.lora.prepare import TrainJob
+from mlx_optiq_ext.lora.preview import preview_training
 from mlx_optiq_ext.lora.report import rank_report
-from mlx_optiq_ext.lora.train import TrainJob, train_adapter
+from mlx_optiq_ext.lora.train import train_adapter
 from mlx_optiq_ext.progress_line import format_duration
 from mlx_optiq_ext.types.adapter import AdapterOptions, RankMap
-from mlx_optiq_ext.types.training import CURVE_FILE, METRICS_FILE, TrainOptions, TrainSummary
+from mlx_optiq_ext.types.training import CURVE_FILE, METRICS_FILE, TrainOptions, TrainPreview, TrainSummary
 
-__all__ = ["TrainResult", "add_arguments", "run"]
+__all__ = ["PreviewResult", "TrainResult", "add_arguments", "run"]
 
 
 class TrainResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +38,16 @@ class TrainResult(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
+class PreviewResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``--dry-run --json`` prints."""
+
+    adapter: str
+    """Folder that it would be written to."""
+    ranks: RankMap
+    preview: TrainPreview
+    notes: tuple[str, ...]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``optiq lora train``."""
     parser.add_argument("model", metavar="MODEL", help="Hub repository or folder of the base model.")
@@ -43,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="DATA", required=True, help="Folder, JSONL file or Hub id of the examples."
     )
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="Folder for the adapter.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Check data, ranks and output, count, and train nothing."
+    )
     parser.add_argument("--revision", default=None, help="Hub revision of MODEL (branch, tag or commit).")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Run Python code that comes with the model."
@@ -80,10 +95,34 @@ def run(args: argparse.Namespace) -> int:
         notes.append(text)
         console.note(f"note: {text}")
 
+    if args.dry_run:
+        preview = preview_training(job, on_ranks=show_ranks, on_note=show_note, progress=console.progress)
+        planned = PreviewResult(adapter=str(job.out), ranks=shown[0], preview=preview, notes=tuple(notes))
+        console.result(planned, _preview_text(preview))
+        return 0
     summary = train_adapter(job, on_ranks=show_ranks, on_note=show_note, progress=console.progress)
     result = TrainResult(adapter=str(job.out), ranks=shown[0], summary=summary, notes=tuple(notes))
     console.result(result, _text(result))
     return 0
+
+
+def _preview_text(preview: TrainPreview) -> str:
+    """The numbers of a training that was not made, for people."""
+    parts = [("training", preview.train), ("validation", preview.valid), ("test", preview.test)]
+    rows = [
+        (name, f"{part.examples:,}", f"{part.tokens:,}", f"{part.learnt_tokens:,}", f"{part.longest:,}")
+        for name, part in parts
+        if part.examples
+    ]
+    going_on = f", {preview.done_updates:,} of them done" if preview.done_updates else ""
+    return "\n".join(
+        (
+            format_table(("data", "examples", "tokens", "learnt", "longest"), rows),
+            "",
+            f"{preview.updates:,} updates, {preview.updates_per_epoch:,} an epoch{going_on}; "
+            f"{preview.num_parameters:,} parameters. Nothing was trained.",
+        )
+    )
 
 
 def _text(result: TrainResult) -> str:
