@@ -1,0 +1,169 @@
+"""The dashboard: its screens by key, the connection to the server, the jobs that run on between screens.
+
+Knows no single screen (``screens`` names them) and speaks to the server through ``client`` only. Workers
+follow the server and post messages; handlers change the state that screens draw.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from textual import work
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.reactive import reactive
+from textual.screen import Screen
+from textual.signal import Signal
+
+from mlx_optiq_ext.types.status import EngineStatus
+from mlx_optiq_tui.client import Lost, ServerClient
+from mlx_optiq_tui.connection import Connection
+from mlx_optiq_tui.help_screen import HelpScreen, key_list, shown_bindings
+from mlx_optiq_tui.jobs import Job, Jobs
+from mlx_optiq_tui.lab_screen import LabScreen
+from mlx_optiq_tui.question import Question
+from mlx_optiq_tui.screens import installed_screens
+from mlx_optiq_tui.themes import DEFAULT_THEME, THEMES
+
+__all__ = ["LabApp"]
+
+
+class LabApp(App[None]):
+    """The dashboard.
+
+    Args:
+        client: The server to show; closed with the app.
+        is_demo: Whether ``client`` answers from a recording.
+        first: Name of the screen to open.
+    """
+
+    TITLE = "optiq lab"
+    CSS = """
+    Screen.-lost .live { opacity: 60%; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("question_mark,f9", "help", "Help", key_display="?"),
+        Binding("ctrl+q", "quit", "Quit", show=False),
+        Binding("ctrl+t", "change_theme", "Theme", show=False),
+    ]
+
+    status: reactive[EngineStatus | None] = reactive(None)
+    """The server's latest snapshot; None until it was reached once, and stale while it is lost."""
+    connection: reactive[Connection] = reactive(Connection())
+
+    class Seen(Message):
+        """The server told its status, or was lost."""
+
+        def __init__(self, news: EngineStatus | Lost) -> None:
+            super().__init__()
+            self.news = news
+
+    def __init__(self, client: ServerClient, *, is_demo: bool = False, first: str = "") -> None:
+        super().__init__()
+        self.client = client
+        self.is_demo = is_demo
+        self.jobs = Jobs(self._job_changed)
+        self.job_signal: Signal[Job] = Signal(self, "job")
+        self.entries = installed_screens()
+        self._first = first or self.entries[0].name
+        for theme in THEMES:
+            self.register_theme(theme)
+        for entry in self.entries:
+            self.add_mode(entry.name, entry.make)
+            self.bind(
+                f"{entry.key},f{entry.key}", f"open('{entry.name}')", description=entry.title, show=False
+            )
+
+    async def on_mount(self) -> None:
+        """Open the first screen and follow the server."""
+        self.theme = DEFAULT_THEME
+        await self.switch_mode(self._first)
+        self._follow_server()
+
+    async def on_unmount(self) -> None:
+        """Leave nothing behind: jobs stop where they can go on from."""
+        await self.jobs.close()
+        await self.client.close()
+
+    @work(exclusive=True)
+    async def _follow_server(self) -> None:
+        async with contextlib.aclosing(self.client.follow_status()) as news:
+            async for each in news:
+                self.post_message(self.Seen(each))
+
+    def on_lab_app_seen(self, message: Seen) -> None:
+        """Take what the server told."""
+        news, before = message.news, self.connection.state
+        if isinstance(news, Lost):
+            self.connection = Connection(state="lost", reason=news.reason)
+            if before == "connected":
+                self.notify(f"{news.reason}; asking again until it is back", severity="error")
+        else:
+            self.status = news
+            self.connection = Connection(state="connected")
+            if before == "lost":
+                self.notify(f"connected to {self.client.url}")
+
+    def watch_connection(self, connection: Connection) -> None:
+        """Let screens show that what they draw is old."""
+        for entry in self.entries:
+            for screen in self._screen_stacks.get(entry.name, []):
+                screen.set_class(connection.state == "lost", "-lost")
+
+    def _job_changed(self, job: Job) -> None:
+        self.job_signal.publish(job)
+        if job.state == "finished":
+            self.notify(f"{job.title}: done")
+        elif job.state in ("failed", "stopped"):
+            self.notify(f"{job.title}: {job.error}", severity="error" if job.state == "failed" else "warning")
+
+    async def action_open(self, name: str) -> None:
+        """Open a screen; the one that is left goes on."""
+        if len(self.screen_stack) == 1:
+            await self.switch_mode(name)
+
+    def action_help(self) -> None:
+        """Explain the screen that is open."""
+        screen = self.screen
+        if isinstance(screen, LabScreen):
+            pages = "\n".join(f"- `{entry.key}` **{entry.title}**: {entry.about}" for entry in self.entries)
+            self.push_screen(
+                HelpScreen(
+                    f"{screen.HELP_TEXT}\n\n{key_list(screen)}\n\n{pages}\n\n"
+                    "Inside a text field use F1 to F6, or Escape first. Ctrl+P finds every action by name."
+                )
+            )
+
+    async def action_quit(self) -> None:
+        """End the dashboard, after asking where jobs would be stopped."""
+        if not self.jobs.running:
+            self.exit()
+            return
+        titles = "\n".join(f"  {job.title}" for job in self.jobs.running)
+        self.push_screen(
+            Question(
+                f"These jobs still run:\n{titles}\n\nStop them and leave? The same command later goes on "
+                "from where they stop.",
+                yes="Stop and leave",
+                no="Stay",
+            ),
+            self._leave,
+        )
+
+    def _leave(self, agreed: bool | None) -> None:
+        if agreed:
+            self.exit()
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Every screen, and every action that has a key, by name."""
+        yield from super().get_system_commands(screen)
+        for entry in self.entries:
+            yield SystemCommand(entry.title, entry.about, lambda name=entry.name: self.switch_mode(name))
+        for active in shown_bindings(screen):
+            if not active.binding.action.startswith("open("):
+                yield SystemCommand(
+                    active.binding.description,
+                    f"Key {self.get_key_display(active.binding)}",
+                    lambda found=active: self.run_action(found.binding.action, found.node),
+                )
