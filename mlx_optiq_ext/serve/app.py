@@ -34,7 +34,7 @@ def create_app(engine: Engine, options: ServeOptions, api_key: str | None) -> Li
         options: As given to ``optiq serve``.
         api_key: None: any key, or none, will do.
     Raises:
-        UsageError: ``max_body`` is no size.
+        UsageError: ``max_body`` is no size, or an allowed host or origin is none.
     """
     serving = Serving(engine=engine, images=ImageReader(fetch=options.image_urls))
     app = Litestar(
@@ -49,6 +49,6 @@ def create_app(engine: Engine, options: ServeOptions, api_key: str | None) -> Li
         logging_config=None,
     )
     describe_bodies(app)
-    doors = Doors(key=api_key, hosts=(options.host, *options.allow_host), origins=options.allow_origin)
+    doors = Doors.of(options, api_key)
     app.asgi_handler = Frame(app.asgi_handler, doors, serving.clients, options.timeout_s)
     return app

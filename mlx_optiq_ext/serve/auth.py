@@ -7,12 +7,16 @@ Knows headers only; called for every request before it is routed.
 
 import hmac
 import ipaddress
+import re
+import socket
 from collections.abc import Iterable
+from typing import Self
 from urllib.parse import urlsplit
 
 import msgspec
 
 from mlx_optiq_ext.errors import Forbidden, Unauthorized, UsageError
+from mlx_optiq_ext.types.serve import ServeOptions
 
 __all__ = ["Doors", "header_values", "is_loopback", "require_key_for"]
 
@@ -22,6 +26,11 @@ _BEARER = b"bearer "
 _ALLOWED_METHODS = "GET, POST, DELETE"
 _EXPOSED = "retry-after, request-id, x-request-id"
 
+_HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
+_OTHER_ORIGINS = ("*", "null")
+"""All pages; pages without an origin, such as files."""
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -30,10 +39,7 @@ def is_loopback(host: str) -> bool:
     name = host.strip("[]").lower().rstrip(".")
     if name in _LOOPBACK_NAMES or name.endswith(".localhost"):
         return True
-    try:
-        return ipaddress.ip_address(name.split("%")[0]).is_loopback
-    except ValueError:
-        return False
+    return _is_address(name) and ipaddress.ip_address(name.split("%")[0]).is_loopback
 
 
 def require_key_for(host: str, key: str | None) -> None:
@@ -63,6 +69,20 @@ class Doors(msgspec.Struct, frozen=True, kw_only=True):
     """Names besides loopback ones and the address that was connected to."""
     origins: tuple[str, ...] = ()
     """Web pages that may call, as ``https://host:port``; ``*`` for all."""
+
+    @classmethod
+    def of(cls, options: ServeOptions, key: str | None) -> Self:
+        """The doors that a user asked for; beyond this machine, its own name is served too.
+
+        Raises:
+            UsageError: An allowed host or origin is none.
+        """
+        own = () if is_loopback(options.host) else (socket.gethostname(),)
+        return cls(
+            key=key,
+            hosts=(options.host, *own, *(_host_name(name) for name in options.allow_host)),
+            origins=tuple(_origin(page) for page in options.allow_origin),
+        )
 
     def check(self, path: str, headers: Headers, server: str | None) -> None:
         """Let a request in.
@@ -153,6 +173,35 @@ class Doors(msgspec.Struct, frozen=True, kw_only=True):
         key = self.key.encode()
         if not any(hmac.compare_digest(each, key) for each in given):
             raise Unauthorized("the API key is not the one of this server")
+
+
+def _host_name(given: str) -> str:
+    if not (_HOST_NAME.fullmatch(given) or _is_address(given)):
+        raise UsageError(
+            f"--allow-host {given!r} is no host name; give the name alone, without scheme and port, "
+            "like llm.example.org"
+        )
+    return given
+
+
+def _origin(given: str) -> str:
+    """A page's origin as browsers write it."""
+    if given in _OTHER_ORIGINS:
+        return given
+    if not _ORIGIN.fullmatch(given.lower()):
+        raise UsageError(
+            f"--allow-origin {given!r} is no origin; give scheme and host without a path, like "
+            "https://chat.example.org or http://localhost:3000, or * for all pages"
+        )
+    return given.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]").split("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _shown(value: bytes) -> str:

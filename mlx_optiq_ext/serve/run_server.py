@@ -38,13 +38,17 @@ class Server(uvicorn.Server):
         app: What :func:`.create_app` made.
         engine: Drained and closed when the server ends.
         options: Address, port and time limits.
-        on_listening: Told the URL once requests are taken.
+        on_listening: Told the URLs once requests are taken, first the one that this machine reaches.
     Raises:
         UsageError: The address cannot be listened on.
     """
 
     def __init__(
-        self, app: ASGIApp, engine: Engine, options: ServeOptions, on_listening: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        engine: Engine,
+        options: ServeOptions,
+        on_listening: Callable[[tuple[str, ...]], None],
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -105,7 +109,7 @@ class Server(uvicorn.Server):
         """Listen, and tell where."""
         await super().startup(sockets)
         if self.started:
-            self._on_listening(_url(self._socket))
+            self._on_listening(_urls(*self._socket.getsockname()[:2]))
 
     async def on_tick(self, counter: int) -> bool:
         """End when the engine has failed for good."""
@@ -127,7 +131,7 @@ class Server(uvicorn.Server):
 
 
 def run_server(
-    app: ASGIApp, engine: Engine, options: ServeOptions, *, on_listening: Callable[[str], None]
+    app: ASGIApp, engine: Engine, options: ServeOptions, *, on_listening: Callable[[tuple[str, ...]], None]
 ) -> int:
     """Serve until stopped; the exit code of the command line.
 
@@ -135,7 +139,7 @@ def run_server(
         app: What :func:`.create_app` made.
         engine: Started; closed here.
         options: Address, port and time limits.
-        on_listening: Told the URL once requests are taken.
+        on_listening: Told the URLs once requests are taken, first the one that this machine reaches.
     Raises:
         UsageError: The address cannot be listened on.
     """
@@ -170,6 +174,10 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _urls(host: str, port: int) -> tuple[str, ...]:
+    """Where an address that is listened on can be asked; one that stands for all is none itself."""
+    hosts = {"0.0.0.0": ("127.0.0.1", socket.gethostname()), "::": ("::1", socket.gethostname())}
+    return tuple(
+        f"http://[{each}]:{port}" if ":" in each else f"http://{each}:{port}"
+        for each in hosts.get(host, (host,))
+    )

@@ -108,4 +108,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[float, msgspec.Meta(gt=0.0, description="Unload a model after this many idle seconds.")]
         | None
     ) = None
+    log_level: Annotated[
+        Literal["error", "warning", "info", "debug"],
+        _d("What is logged on stderr; info: a line when a request starts and one when it ends."),
+    ] = "info"
     trust_remote_code: Annotated[bool, _d("Run model code that comes with the checkpoint.")] = False

@@ -35,8 +35,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     options, told = ServeOptions(port=0), threading.Event()
     where: list[str] = []
 
-    def listening(found: str) -> None:
-        where.append(found)
+    def listening(found: tuple[str, ...]) -> None:
+        where.append(found[0])
         told.set()
 
     server = Server(create_app(engine, options, None), engine, options, listening)

@@ -218,10 +218,32 @@ def test_stopping_lets_running_answers_end_and_refuses_new_ones() -> None:
 def test_a_failed_engine_ends_the_process_with_its_code() -> None:
     engine = FakeEngine(status=ready_status(state="failed"))
     options = ServeOptions(port=0)
-    urls: list[str] = []
-    assert run_server(create_app(engine, options, None), engine, options, on_listening=urls.append) == 6
-    assert urls[0].startswith("http://127.0.0.1:")
+    told: list[tuple[str, ...]] = []
+    assert run_server(create_app(engine, options, None), engine, options, on_listening=told.append) == 6
+    ((url,),) = told
+    assert url.startswith("http://127.0.0.1:")
     assert engine.called == ["close"]
+
+
+@pytest.mark.parametrize(("host", "reached"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
+def test_the_first_url_is_reachable_from_this_machine(host: str, reached: str) -> None:
+    engine = FakeEngine()
+    options = ServeOptions(port=0, host=host)
+    told: list[tuple[str, ...]] = []
+    server = Server(create_app(engine, options, "key"), engine, options, told.append)
+    thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
+    thread.start()
+    _until(lambda: bool(told))
+    port = server.port
+    assert told[0][0] == f"http://{reached}:{port}"
+    assert told[0][1:] == ((f"http://{socket.gethostname()}:{port}",) if host == "0.0.0.0" else ())
+    for name in (f"{reached}:{port}", f"{socket.gethostname()}:{port}")[: len(told[0])]:
+        connection = http.client.HTTPConnection(reached, port, timeout=10)
+        connection.request("GET", "/v1/models", headers={"host": name, "x-api-key": "key"})
+        assert connection.getresponse().status == 200
+        connection.close()
+    server.stop()
+    thread.join(20)
 
 
 def test_a_taken_port_is_named() -> None:

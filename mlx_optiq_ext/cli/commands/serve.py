@@ -8,18 +8,27 @@ running answers end.
 
 import argparse
 import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from mlx_optiq_ext.cli.api_key import read_api_key
 from mlx_optiq_ext.cli.console import Console
-from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.errors import OptiqError, UsageError
 from mlx_optiq_ext.formats.arguments import add_options, options_from
+from mlx_optiq_ext.types.nbytes import parse_nbytes
+from mlx_optiq_ext.types.progress import ProgressSink
 from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_ext.types.status import EngineStatus, ServedModel
 
-__all__ = ["Serving", "add_arguments", "run"]
+if TYPE_CHECKING:  # these import MLX
+    from mlx_optiq_ext.engine.engine import LocalEngine
+    from mlx_optiq_ext.engine.served import ModelSpec
 
+__all__ = ["Serving", "add_arguments", "run", "start_engine"]
+
+_log = logging.getLogger(__name__)
 _MODULES = ("mlx_lm.models.base", "mlx_lm.models.cache")
 """Of mlx-lm, whose patches mixed-precision caches need."""
 
@@ -28,6 +37,9 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """What ``--json`` prints once the server listens."""
 
     url: str
+    """Reachable from this machine."""
+    urls: tuple[str, ...]
+    """All of them, where it listens on all addresses."""
     models: tuple[ServedModel, ...]
     memory_limit_nbytes: int
     needs_key: bool
@@ -45,52 +57,94 @@ def run(args: argparse.Namespace) -> int:
     key = read_api_key(options.api_key_file)
     try:
         from mlx_optiq_ext.serve.app import create_app
-        from mlx_optiq_ext.serve.auth import require_key_for
+        from mlx_optiq_ext.serve.auth import Doors, require_key_for
         from mlx_optiq_ext.serve.run_server import require_free_address, run_server
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the server needs {error.name}; install it with `pip install 'mlx-optiq-ext[serve]'`"
         ) from error
     require_key_for(options.host, key)
+    Doors.of(options, key)
+    parse_nbytes(options.max_body, flag="--max-body")
     require_free_address(options.host, options.port)
     # Deferred: everything above answers without MLX.
     from mlx_optiq_ext.cli.served_models import find_models
-    from mlx_optiq_ext.engine.engine import LocalEngine
     from mlx_optiq_ext.patches.registry import activate
 
     for module in _MODULES:
         activate(module)
-    _log_to_stderr(quiet=getattr(args, "quiet", False))
-    specs = find_models(options, console.progress)
-    engine = LocalEngine(specs, options, progress=console.progress)
-    engine.start()
+    _log_to_stderr("debug" if getattr(args, "debug", False) else options.log_level)
+    _warn_of_half_precision(options.dtype)
+    engine = start_engine(find_models(options, console.progress), options, console.progress)
     app = create_app(engine, options, key)
 
-    def listening(url: str) -> None:
+    def listening(urls: tuple[str, ...]) -> None:
         status = engine.status()
         console.result(
             Serving(
-                url=url,
+                url=urls[0],
+                urls=urls,
                 models=status.models,
                 memory_limit_nbytes=status.memory_limit_nbytes,
                 needs_key=key is not None,
             ),
-            _banner(url, status, needs_key=key is not None),
+            _banner(urls, status, needs_key=key is not None),
         )
 
     return run_server(app, engine, options, on_listening=listening)
 
 
-def _log_to_stderr(*, quiet: bool) -> None:
-    """Show what the server says, one line each with the time."""
-    logging.basicConfig(force=True, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("mlx_optiq_ext").setLevel(logging.WARNING if quiet else logging.INFO)
+def start_engine(
+    specs: "Sequence[ModelSpec]", options: ServeOptions, progress: ProgressSink
+) -> "LocalEngine":
+    """Start an engine with its default model: the first one that can be loaded, where the user named none.
+
+    Args:
+        specs: What can be served.
+        options: Of the server.
+        progress: Of loading.
+    Raises:
+        OptiqError: None can be loaded, or the one that was named cannot.
+    """
+    from mlx_optiq_ext.engine.engine import LocalEngine
+
+    engine = LocalEngine(specs, options, progress=progress)
+    try:
+        engine.start()
+    except OptiqError as error:
+        if options.model is not None or options.demo_model or len(specs) == 1:
+            raise
+        _log.warning("--models-dir: %s is left out: %s", specs[0].name, error)
+        return start_engine(specs[1:], options, progress)
+    return engine
 
 
-def _banner(url: str, status: EngineStatus, *, needs_key: bool) -> str:
+def _warn_of_half_precision(dtype: str) -> None:
+    import mlx.core as mx
+
+    if dtype in ("float16", "bfloat16") and mx.default_device() == mx.Device(mx.cpu):
+        _log.warning(
+            "--dtype %s: half precision is inexact and many times slower on a CPU (docs/platforms.md); "
+            "without --dtype the model runs in float32",
+            dtype,
+        )
+
+
+def _log_to_stderr(level: str) -> None:
+    """Show what the server says, one line each with the time; who asks over HTTP gets all from INFO on."""
+    logging.basicConfig(
+        force=True, level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    shown = logging.getLogger().level
+    logging.getLogger().handlers[0].setLevel(shown)
+    logging.getLogger().setLevel(max(shown, logging.WARNING))
+    logging.getLogger("mlx_optiq_ext").setLevel(min(shown, logging.INFO))
+
+
+def _banner(urls: Sequence[str], status: EngineStatus, *, needs_key: bool) -> str:
     """What is on, and where."""
-    gb = 1e9
-    lines = [f"optiq serves on {url}" + (" (API key needed)" if needs_key else "")]
+    gb, url = 1e9, urls[0]
+    lines = [f"optiq serves on {' and '.join(urls)}" + (" (API key needed)" if needs_key else "")]
     for model in status.models:
         if not model.loaded:
             lines.append(f"  {model.id}: loaded when a request names it")
