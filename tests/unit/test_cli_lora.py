@@ -1,6 +1,7 @@
 """``optiq lora info|merge|fuse|export`` on a tiny base."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model as stock_load_model
+from support_hub import FakeHub, serve, use_hub
 from support_lora import ALL_TARGETS, TOKENS, adapt, quantized_model
 from support_models import LLAMA, byte_tokenizer
 
 from mlx_optiq_ext.cli.lora.merge import parse_part
 from mlx_optiq_ext.cli.main import main
-from mlx_optiq_ext.errors import AdapterError, FingerprintMismatch, OutputExists, UsageError
+from mlx_optiq_ext.errors import AdapterError, FingerprintMismatch, ModelNotFound, OutputExists, UsageError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.lora.files import describe_adapter, read_adapter, save_adapter
 from mlx_optiq_ext.lora.ranks import plan_ranks
@@ -100,12 +102,14 @@ def test_merge_writes_the_sum(folder: Path, capsys: pytest.CaptureFixture[str], 
 
 
 def test_a_weight_belongs_to_its_folder(tmp_path: Path) -> None:
-    assert parse_part("a/b=0.5") == (Path("a/b"), 0.5)
-    assert parse_part("a/b") == (Path("a/b"), 1.0)
+    assert parse_part("a/b=0.5") == ("a/b", 0.5)
+    assert parse_part("a/b") == ("a/b", 1.0)
     (tmp_path / "x=2").mkdir()
-    assert parse_part(str(tmp_path / "x=2")) == (tmp_path / "x=2", 1.0)
+    assert parse_part(str(tmp_path / "x=2")) == (str(tmp_path / "x=2"), 1.0)
     with pytest.raises(UsageError, match="'half' is no weight"):
         parse_part("a=half")
+    with pytest.raises(UsageError, match="'nan' is no weight"):
+        parse_part("a=nan")
 
 
 def test_fuse_writes_a_model_and_says_what_rounding_adds(
@@ -164,6 +168,63 @@ def test_export_writes_every_form_and_reads_them_back(
     stock = quantized_model("4g64")
     load_adapters(stock, str(tmp_path / "mlx-lm"))
     assert stock(TOKENS).shape == (2, 8, 320)
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub with one of the adapters as ``org/style``, and a model that is no adapter as ``org/model``."""
+    hub = FakeHub()
+    files = [file for file in (folder / "one").rglob("*") if file.is_file()]
+    hub.repositories["org/style"] = {
+        **{str(file.relative_to(folder / "one")): file.read_bytes() for file in files},
+        "README.md": b"words",
+        "model.safetensors": b"weights",
+    }
+    hub.repositories["org/model"] = {"config.json": b"{}", "model.safetensors": b"weights"}
+    with serve(hub):
+        use_hub(hub, tmp_path / "cache", monkeypatch)
+        yield hub
+
+
+def test_hub_ids_stand_where_folders_do(
+    hub: FakeHub, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source = read_adapter(folder / "one")
+    info = document(capsys, "lora", "info", "org/style")
+    assert (info["form"], info["source"], info["config"]["ranks"]) == (
+        "optiq", "org/style", source.config.ranks
+    )  # fmt: skip
+    assert not {"README.md", "model.safetensors"} & set(hub.downloads())
+    merged = document(
+        capsys, "lora", "merge", "org/style=0.5", str(folder / "two"), "-o", str(tmp_path / "sum")
+    )
+    assert merged["parts"] == {"org/style": 0.5, str(folder / "two"): 1.0}
+    facts = read_adapter(tmp_path / "sum").config.training
+    assert facts.settings == merged["parts"]
+    base = str(folder / "base")
+    words = ["lora", "fuse", base, "org/style", "-o", str(tmp_path / "fused"), "--num-tokens", "0"]
+    assert document(capsys, *words)["num_modules"] == len(source.factors)
+    document(capsys, "lora", "export", "org/style", "-o", str(tmp_path / "peft"))
+    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
+    assert main(["lora", "info", "org/style"]) == 0
+    assert "org/style: adapter" in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_nowhere_is_explained(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapters").mkdir()
+    for source, said in {
+        "org/model": "has no adapter_config.json",
+        "org/nothing": "is not on the Hub",
+        "adapters/nothing": "no adapter folder adapters/nothing here; as a Hub id",
+        "./nothing": "no adapter folder ./nothing; give an existing folder",
+    }.items():
+        result = document(capsys, "lora", "info", source)
+        assert (result["exit"], result["error"]["type"]) == (ModelNotFound.exit_code, "ModelNotFound")
+        assert said in result["error"]["message"]
+    assert "model.safetensors" not in hub.downloads()
 
 
 def test_an_adapter_error_has_its_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

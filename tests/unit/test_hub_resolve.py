@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from huggingface_hub import constants
-from support_hub import COMMIT, FakeHub, serve
+from support_hub import COMMIT, FakeHub, serve, use_endpoint, use_hub
 
 from mlx_optiq_ext.errors import ModelNotFound, ResourceError, UsageError
 from mlx_optiq_ext.hub.resolve import resolve_model
@@ -34,9 +34,7 @@ def hub(tmp_path, monkeypatch):
     hub = FakeHub()
     hub.repositories["org/model"] = dict(FILES)
     with serve(hub):
-        use_endpoint(hub.url, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        use_hub(hub, tmp_path / "cache", monkeypatch)
         # Waiting for retries is not what is tested.
         monkeypatch.setattr("time.sleep", lambda _: None)
         yield hub
@@ -262,13 +260,6 @@ def test_cached_files_need_no_room(hub, monkeypatch):
     resolve_model("org/model")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0})())
     assert resolve_model("org/model").revision == COMMIT
-
-
-def use_endpoint(url, monkeypatch):
-    """Send every question to another Hub; huggingface-hub derives the template at import."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def go_offline(hub, how, monkeypatch):

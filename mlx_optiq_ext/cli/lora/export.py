@@ -1,7 +1,7 @@
 """Write an adapter in another form: PEFT's, plain mlx-lm's, or ours.
 
-DIR is an adapter folder of any form that is read, so `--to optiq` imports a PEFT adapter. PEFT takes ranks
-and scales per module as they are; plain mlx-lm gets one rank, the largest, padded with zeros.
+ADAPTER is a folder or a Hub id, in any form that is read, so `--to optiq` imports a PEFT adapter. PEFT takes
+ranks and scales per module as they are; plain mlx-lm gets one rank, the largest, padded with zeros.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import msgspec
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.formats.adapter import AdapterForm, find_adapter
 from mlx_optiq_ext.formats.atomic import atomic_folder
+from mlx_optiq_ext.hub.adapters import resolve_adapter
 from mlx_optiq_ext.lora.files import read_adapter, write_adapter
 from mlx_optiq_ext.lora.peft import write_peft
 
@@ -29,7 +30,7 @@ class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``optiq lora export``."""
-    parser.add_argument("adapter", metavar="DIR", help="Folder of the adapter.")
+    parser.add_argument("adapter", metavar="ADAPTER", help="Hub repository or folder of the adapter.")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="Folder to write; must not exist.")
     parser.add_argument(
         "--to",
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, write, show."""
     console = Console.from_args(args)
-    source, out = Path(args.adapter), Path(args.out)
+    source, out = resolve_adapter(args.adapter), Path(args.out)
     form = find_adapter(source).form
     with atomic_folder(out) as working:
         adapter = read_adapter(source)

@@ -11,6 +11,7 @@ from pathlib import Path
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.atomic import require_absent, require_writable
+from mlx_optiq_ext.hub.adapters import resolve_adapter
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.lora.fuse_folder import FuseJob, FuseResult, fuse_folder
 from mlx_optiq_ext.types.figures import number_text
@@ -22,7 +23,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``optiq lora fuse``."""
     parser.add_argument("model", metavar="MODEL", help="Hub repository or folder of the base.")
-    parser.add_argument("adapter", metavar="DIR", help="Folder of the adapter.")
+    parser.add_argument("adapter", metavar="ADAPTER", help="Hub repository or folder of the adapter.")
     parser.add_argument("-o", "--out", metavar="DIR", required=True, help="Folder to write; must not exist.")
     parser.add_argument(
         "--store",
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     )
     job = FuseJob(
         base=base,
-        adapter=Path(args.adapter),
+        adapter=resolve_adapter(args.adapter),
         out=out,
         store=args.store,
         num_tokens=args.num_tokens,

@@ -1,6 +1,6 @@
 """Show what an adapter is: base, ranks by module, parameters, how it was made.
 
-DIR is an adapter folder of any form that is read: ours, mlx-lm's, the published package's, or PEFT's.
+ADAPTER is a folder or a Hub id, in any form that is read: ours, mlx-lm's, the published package's, or PEFT's.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.errors import AdapterError
 from mlx_optiq_ext.formats.adapter import AdapterForm, find_adapter
+from mlx_optiq_ext.hub.adapters import resolve_adapter
 from mlx_optiq_ext.hub.fingerprint import other_weights
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.lora.files import locate_factors, read_adapter
@@ -26,6 +27,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What ``--json`` prints."""
 
     folder: str
+    source: str
+    """What it was called: the folder, or a Hub id."""
     form: AdapterForm
     num_parameters: int
     nbytes: int
@@ -39,19 +42,21 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``optiq lora info``."""
-    parser.add_argument("adapter", metavar="DIR", help="Folder of the adapter.")
+    parser.add_argument("adapter", metavar="ADAPTER", help="Hub repository or folder of the adapter.")
     parser.add_argument("--model", metavar="MODEL", help="Also say whether it fits this model.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, show."""
     console = Console.from_args(args)
-    folder = Path(args.adapter)
+    folder = resolve_adapter(args.adapter)
     form = find_adapter(folder).form
     adapter = read_adapter(folder)
     damaged = [path for path, factors in adapter.factors.items() if not factors.is_finite()]
     if damaged:
-        raise AdapterError(f"{folder}: the factors of {damaged[0]} are not finite; train the adapter again")
+        raise AdapterError(
+            f"{args.adapter}: the factors of {damaged[0]} are not finite; train the adapter again"
+        )
     fits, remark = None, ""
     if args.model is not None:
         ref = resolve_model(args.model, progress=console.progress)
@@ -66,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     parameters = {path: factors.num_parameters for path, factors in adapter.factors.items()}
     info = AdapterInfo(
         folder=str(folder),
+        source=args.adapter,
         form=form,
         num_parameters=sum(parameters.values()),
         nbytes=sum(factors.a.nbytes + factors.b.nbytes for factors in adapter.factors.values()),
@@ -79,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
         facts.append((f"fits {args.model}", f"{verdict}: it {remark}" if fits and remark else verdict))
     if fits is False:
         facts.append(("because", remark))
-    report = adapter_report(f"{folder.resolve().name}: adapter", adapter.config, parameters, facts)
+    report = adapter_report(f"{_name(args.adapter)}: adapter", adapter.config, parameters, facts)
     console.result(info, terminal_text(report, is_terminal=console.out.isatty()))
     return 0
+
+
+def _name(source: str) -> str:
+    """A folder's own name, however it was given; a Hub id as it is."""
+    folder = Path(source).expanduser()
+    return folder.resolve().name if folder.is_dir() else source
