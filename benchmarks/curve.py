@@ -26,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 from mlx_lm.quant.dynamic_quant import estimate_sensitivities  # noqa: E402
 from mlx_lm.utils import save  # noqa: E402
 
+from mlx_optiq_ext.allocate.bitmap import allocate  # noqa: E402
 from mlx_optiq_ext.convert.rewrite import Rewriter  # noqa: E402
 from mlx_optiq_ext.eval import score as score_module  # noqa: E402
 from mlx_optiq_ext.eval.score import HeldOutScorer  # noqa: E402
@@ -33,7 +34,6 @@ from mlx_optiq_ext.hub.resolve import resolve_model  # noqa: E402
 from mlx_optiq_ext.measure.calibration import load_windows  # noqa: E402
 from mlx_optiq_ext.models.load import cast_floats, load_model, load_tokenizer  # noqa: E402
 from mlx_optiq_ext.models.walk import get_module, quantizable_modules, total_numel  # noqa: E402
-from mlx_optiq_ext.quant.bitmap import allocate  # noqa: E402
 from mlx_optiq_ext.quant.reference import Reference  # noqa: E402
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity  # noqa: E402
 from mlx_optiq_ext.types.model import ModelRef  # noqa: E402

@@ -1,1 +1,1 @@
-"""Budget solver: pure Python, knows nothing of models."""
+"""From measured sensitivities to bits, in plain Python: budgets, menus, pins, the solver, the grid."""

@@ -1,7 +1,7 @@
 """Spend a budget over items with choices: the multiple-choice knapsack.
 
 Knows nothing of models: integer costs, float values to minimise. Deterministic, never above the budget.
-Used for weights by ``quant.bitmap``.
+Used for weights by ``bitmap``.
 """
 
 import math

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from mlx_optiq_ext.allocate.bitmap import price_bit_map
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.allocation import read_allocation
 from mlx_optiq_ext.formats.arguments import flag_name
-from mlx_optiq_ext.quant.bitmap import price_bit_map
 from mlx_optiq_ext.quant.reference import parse_candidates
 from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions, MeasureOptions
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable

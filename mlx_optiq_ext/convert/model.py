@@ -15,6 +15,8 @@ import msgspec
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
+from mlx_optiq_ext.allocate.bitmap import allocate
+from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
 from mlx_optiq_ext.convert.describe import card_text, command_line, read_card
 from mlx_optiq_ext.convert.given import (
     calibration_notes,
@@ -33,10 +35,8 @@ from mlx_optiq_ext.formats.sensitivity import encode_sensitivity, write_sensitiv
 from mlx_optiq_ext.hub.upload import check_upload, upload_folder
 from mlx_optiq_ext.kv.fold import rotated_blocks
 from mlx_optiq_ext.measure.calibration import Windows, load_windows
-from mlx_optiq_ext.quant.bitmap import allocate
 from mlx_optiq_ext.quant.correct import Level
 from mlx_optiq_ext.quant.journal import discard_journal
-from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
 from mlx_optiq_ext.quant.reference import Reference
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.quant.verify import verify_checkpoint

@@ -1,11 +1,11 @@
 """What a job needs before it may start. Called by ``owner``."""
 
+from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.engine.batch import Batch
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.prefix_cache import PrefixCache
 from mlx_optiq_ext.engine.served import Loaded
 from mlx_optiq_ext.errors import Overloaded
-from mlx_optiq_ext.quant.size import format_nbytes
 
 __all__ = ["may_join", "no_room", "reserved_tokens"]
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from mlx_optiq_ext.allocate.size import parse_nbytes
 from mlx_optiq_ext.engine.adapter_desk import AdapterDesk, parse_adapters
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.log_ring import LogRing
@@ -28,7 +29,6 @@ from mlx_optiq_ext.engine.report import engine_status
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
 from mlx_optiq_ext.engine.settle import refuse, settle
 from mlx_optiq_ext.errors import EngineStopped, PromptTooLong, QueueFull, UnknownName
-from mlx_optiq_ext.quant.size import parse_nbytes
 from mlx_optiq_ext.types.chat import Generation
 from mlx_optiq_ext.types.events import Accepted, Event, EventSink, Failed, Finished
 from mlx_optiq_ext.types.port import Embeddings, LogLine

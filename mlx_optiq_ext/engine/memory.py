@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_optiq_ext.quant.size import head_room_nbytes
+from mlx_optiq_ext.allocate.size import head_room_nbytes
 
 __all__ = ["CacheSizes", "default_limit_nbytes", "server_head_room_nbytes"]
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from mlx_optiq_ext.allocate.size import parse_nbytes
 from mlx_optiq_ext.engine.disk_tier import DiskTier
 from mlx_optiq_ext.engine.prefix_cache import PrefixCache
-from mlx_optiq_ext.quant.size import parse_nbytes
 from mlx_optiq_ext.types.serve import ServeOptions
 
 __all__ = ["build_prefix_cache"]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterator
 
 import mlx.core as mx
 
+from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.engine.memory import server_head_room_nbytes
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec, load
 from mlx_optiq_ext.errors import Overloaded, ResourceError
-from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.progress import ProgressSink
 from mlx_optiq_ext.types.serve import ServeOptions
 

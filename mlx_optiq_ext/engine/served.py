@@ -14,6 +14,7 @@ from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import compute_bits_per_weight
 
+from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
 from mlx_optiq_ext.engine.defaults import default_sampling
@@ -31,7 +32,6 @@ from mlx_optiq_ext.models.arrays import named_arrays
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.load import cast_floats, float_dtype, load_model, load_tokenizer
 from mlx_optiq_ext.models.tape import logits_of
-from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.chat import Generation, Sampling
 from mlx_optiq_ext.types.kv import KVConfig
 from mlx_optiq_ext.types.model import ModelRef

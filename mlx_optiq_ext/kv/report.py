@@ -65,7 +65,7 @@ def context_that_fits(config: KVConfig, sites: tuple[KVSite, ...], left: int) ->
     Args:
         config: How the cache is stored.
         sites: The caches.
-        left: Bytes that weights and head room leave: ``quant.size.left_for_cache``.
+        left: Bytes that weights and head room leave: ``allocate.size.left_for_cache``.
     Returns:
         Tokens; :data:`UNBOUNDED` where every cache slides, so that any context fits.
     """

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import numpy as np
-from msgspec.structs import replace
 
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.dataset import Row, content_hash, hold_out, read_rows
+from mlx_optiq_ext.formats.examples import FORMS, Example, parse_preference, parse_sft
 from mlx_optiq_ext.hub.dataset import fetch_dataset
-from mlx_optiq_ext.lora.examples import FORMS, Example, Preference, parse_preference, parse_sft
 from mlx_optiq_ext.types.progress import Progress, ProgressSink, ignore_progress
 
 __all__ = ["Dataset", "load_dataset"]
-
-Row = tuple[str, object]
-"""Where it stands, and its decoded JSON."""
 
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _SHOWN_PROBLEMS = 10
@@ -74,10 +70,10 @@ def load_dataset(
         raise UsageError(f"{source} has no training examples; write one JSON object a line: {FORMS[method]}")
     valid, notes = splits.get("valid", ()), []
     if not valid and validation_share > 0:
-        train, valid = _held_out(train, validation_share, seed)
+        train, valid = hold_out(train, validation_share, seed)
         if valid:
             notes.append(f"{len(valid)} of {len(train) + len(valid)} examples are held out for validation")
-    hashes = [[_content_hash(example) for example in part] for part in (train, valid)]
+    hashes = [[content_hash(example) for example in part] for part in (train, valid)]
     known = set(hashes[0])
     repeated = sum(digest in known for digest in hashes[1])
     if repeated:
@@ -106,36 +102,18 @@ def _read(source: str, progress: ProgressSink) -> dict[str, list[Row]]:
             raise UsageError(
                 f"--data {source} has no train.jsonl; name the file itself if it is called otherwise"
             )
-        return {split: _read_lines(file) for split, file in files.items()}
+        return {split: read_rows(file) for split, file in files.items()}
     if path.is_file():
-        return {"train": _read_lines(path)}
+        return {"train": read_rows(path)}
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith(".jsonl"):
         raise UsageError(f"--data {source}: no such file or folder, and no Hub id (ORGANISATION/NAME)")
     progress(Progress(stage="download", done=0, total=1, detail=source))
     found = fetch_dataset(source, _NAMES)
     progress(Progress(stage="download", done=1, total=1, detail=source))
     return {
-        split: [row for part in parts for row in (_read_lines(part) if isinstance(part, Path) else part)]
+        split: [row for part in parts for row in (read_rows(part) if isinstance(part, Path) else part)]
         for split, parts in found.items()
     }
-
-
-def _read_lines(file: Path) -> list[Row]:
-    """Rows of a JSONL file; a line that is no JSON is left to be reported with the others."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--data {file} cannot be read: {error.strerror or error}") from error
-    rows: list[Row] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file.name}, line {number}"
-        try:
-            rows.append((where, msgspec.json.decode(line)))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            rows.append((where, error))
-    return rows
 
 
 def _parsed(
@@ -156,32 +134,3 @@ def _listing(source: str, problems: Sequence[str], forms: str) -> str:
     lines = [*problems[:_SHOWN_PROBLEMS], *([f"… and {rest} more"] if rest > 0 else [])]
     count = f"{len(problems)} unusable row{'s' if len(problems) > 1 else ''}"
     return "\n  ".join((f"{source} has {count}; accepted are {forms}:", *lines))
-
-
-def _held_out(
-    examples: tuple[Example, ...], share: float, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Split by seed; equal examples stay on one side, so that nothing held out was seen."""
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(_content_hash(example), []).append(index)
-    wanted = max(1, round(share * len(examples)))
-    if len(groups) < 2:
-        return examples, ()
-    keys = list(groups)
-    held: set[int] = set()
-    for position in np.random.default_rng(seed).permutation(len(keys))[:-1]:
-        if len(held) >= wanted:
-            break
-        held.update(groups[keys[position]])
-    kept = tuple(example for index, example in enumerate(examples) if index not in held)
-    return kept, tuple(examples[index] for index in sorted(held))
-
-
-def _content_hash(example: Example) -> str:
-    """Hash of an example without the place that it was read from."""
-    bare = replace(example, where="")
-    if isinstance(bare, Preference):
-        chosen, rejected = (replace(answer, where="") for answer in (bare.chosen, bare.rejected))
-        bare = replace(bare, chosen=chosen, rejected=rejected)
-    return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from mlx_optiq_ext.errors import UsageError
-from mlx_optiq_ext.lora.examples import Completion, Conversation, Message, PlainText, Preference
+from mlx_optiq_ext.formats.examples import Completion, Conversation, Message, PlainText, Preference
 from mlx_optiq_ext.measure.rendering import (
     apply_template,
     encode_text,

@@ -3,17 +3,14 @@
 Knows neither MLX nor colours. Called by ``optiq lora train`` and ``optiq lora info``.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
-from mlx_optiq_ext.quant.heat_map import order_modules, short_names
+from mlx_optiq_ext.allocate.heat_map import block_and_role, order_modules, rank_heat_map, short_names
 from mlx_optiq_ext.types.adapter import AdapterConfig, RankMap
 from mlx_optiq_ext.types.figures import number_text
-from mlx_optiq_ext.types.report import HeatCell, HeatMap, Report, TextTable
+from mlx_optiq_ext.types.report import Report, TextTable
 
 __all__ = ["adapter_report", "rank_report"]
-
-_IN_BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
 
 
 def rank_report(title: str, ranks: RankMap) -> Report:
@@ -32,7 +29,7 @@ def rank_report(title: str, ranks: RankMap) -> Report:
         title=title,
         facts=tuple(facts),
         bits=_table(ranks.ranks, parameters, ranks.sensitivities),
-        heat_map=_heat_map(ranks.ranks),
+        heat_map=rank_heat_map(ranks.ranks),
         notes=ranks.notes,
     )
 
@@ -66,7 +63,7 @@ def adapter_report(
         title=title,
         facts=tuple((name, value) for name, value in found if value),
         bits=_table(config.ranks, parameters, {}),
-        heat_map=_heat_map(config.ranks),
+        heat_map=rank_heat_map(config.ranks),
         notes=training.notes,
     )
 
@@ -79,7 +76,7 @@ def _table(
     ranks: Mapping[str, int], parameters: Mapping[str, int], sensitivities: Mapping[str, float]
 ) -> TextTable:
     """One row per role."""
-    places = {path: _place(path) for path in ranks}
+    places = {path: block_and_role(path) for path in ranks}
     roles = order_modules([role for _, role in places.values()])
     rows = []
     for role, name in zip(roles, short_names(roles), strict=True):
@@ -97,32 +94,3 @@ def _table(
         rows=tuple(rows),
         note="KL of its bits: divergence that the base's quantization causes, nats/token." if last else "",
     )
-
-
-def _heat_map(ranks: Mapping[str, int]) -> HeatMap:
-    places = {path: _place(path) for path in ranks}
-    modules = order_modules([role for block, role in places.values() if block is not None])
-    cells = [
-        HeatCell(
-            path=path,
-            row=modules.index(role) if block is not None else 0,
-            block=block,
-            sensitivity=float(ranks[path]),
-        )
-        for path, (block, role) in places.items()
-        if ranks[path]
-    ]
-    return HeatMap(
-        title="Rank by block and module",
-        modules=modules,
-        labels=short_names(modules),
-        blocks=tuple(sorted({block for block, _ in places.values() if block is not None})),
-        cells=tuple(cell for cell in cells if cell.block is not None),
-        outside=tuple(cell for cell in cells if cell.block is None),
-    )
-
-
-def _place(path: str) -> tuple[int | None, str]:
-    """Block and role of a path."""
-    inside = _IN_BLOCK.match(path)
-    return (int(inside[1]), inside[2]) if inside else (None, path)

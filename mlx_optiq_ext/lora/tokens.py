@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from mlx_optiq_ext.formats.examples import Example, Preference
 from mlx_optiq_ext.lora.batches import fit_length
 from mlx_optiq_ext.lora.dataset import load_dataset
-from mlx_optiq_ext.lora.examples import Example, Preference
 from mlx_optiq_ext.lora.masks import Pair, Sample, pair_of, samples_of
 from mlx_optiq_ext.models.load import load_tokenizer
 from mlx_optiq_ext.types.model import ModelRef

@@ -7,7 +7,7 @@ nothing of files, colours or MLX. Called by ``optiq report`` and at the end of a
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from mlx_optiq_ext.quant.heat_map import build_heat_map
+from mlx_optiq_ext.allocate.heat_map import build_heat_map
 from mlx_optiq_ext.quant.report_facts import predicted_as, report_facts
 from mlx_optiq_ext.types.figures import number_text, plus_minus, size_text
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable

@@ -14,13 +14,13 @@ from msgspec.structs import replace
 from support_measure import forbid_forward, quick_options, save_tiny, write_calibration
 from support_models import LLAMA, QWEN3_MOE
 
+from mlx_optiq_ext.allocate.bitmap import allocate
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.convert.model import convert_model, work_folder
 from mlx_optiq_ext.formats.allocation import write_allocation
 from mlx_optiq_ext.formats.metadata import read_metadata
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
-from mlx_optiq_ext.quant.bitmap import allocate
 from mlx_optiq_ext.quant.sensitivity import measure_sensitivity
 from mlx_optiq_ext.quant.write import CheckpointWriter
 from mlx_optiq_ext.types.model import ModelRef

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support_allocation import choices, linear, small_table
 from support_tables import MOE, make_table
 
+from mlx_optiq_ext.allocate.bitmap import allocate, divergence_curve
 from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
-from mlx_optiq_ext.quant.bitmap import allocate, divergence_curve
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import KEEP, Choice, SensitivityTable
 

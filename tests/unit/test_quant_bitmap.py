@@ -5,8 +5,8 @@ from msgspec.structs import replace
 from support_allocation import choices, linear, small_table
 from support_tables import CHOICES, MOE, make_table
 
+from mlx_optiq_ext.allocate.bitmap import allocate, divergence_curve, price_bit_map
 from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
-from mlx_optiq_ext.quant.bitmap import allocate, divergence_curve, price_bit_map
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import KEEP, BitMap, Choice, Probe, SensitivityTable, Unit
 

@@ -3,8 +3,8 @@
 import pytest
 from support_allocation import choices, linear
 
+from mlx_optiq_ext.allocate.pins import PinRule, edge_pins, match_pins, parse_pin
 from mlx_optiq_ext.errors import UsageError
-from mlx_optiq_ext.quant.pins import PinRule, edge_pins, match_pins, parse_pin
 from mlx_optiq_ext.types.quant import KEEP, Choice
 
 OFFERED = choices("4", "8")

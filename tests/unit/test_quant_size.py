@@ -3,9 +3,9 @@
 import pytest
 from support_allocation import choices, linear, small_table
 
+from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.allocate.size import budget_from, format_nbytes, head_room_nbytes, parse_nbytes
 from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
-from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
-from mlx_optiq_ext.quant.size import budget_from, format_nbytes, head_room_nbytes, parse_nbytes
 from mlx_optiq_ext.types.options import AllocateOptions
 
 TABLE = small_table([linear("a", choices("4"), rows=1000, columns=1000)], {"a": {"4": 0.1}})

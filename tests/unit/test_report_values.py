@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from support_tables import MOE, make_allocation, make_score, make_table
 
+from mlx_optiq_ext.allocate.heat_map import build_heat_map, module_role, order_modules, short_names
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.score import decode_score, encode_score, read_score
-from mlx_optiq_ext.quant.heat_map import build_heat_map, module_role, order_modules, short_names
 from mlx_optiq_ext.quant.picture import Dot, Text
 from mlx_optiq_ext.quant.picture_curve import curve_scene
 from mlx_optiq_ext.quant.report import (

@@ -8,10 +8,10 @@ import pytest
 from msgspec.structs import replace
 from support_tables import make_table
 
+from mlx_optiq_ext.allocate.bitmap import allocate
 from mlx_optiq_ext.errors import MeasurementError, UsageError
 from mlx_optiq_ext.formats.allocation import read_allocation, write_allocation
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
-from mlx_optiq_ext.quant.bitmap import allocate
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Choice
 

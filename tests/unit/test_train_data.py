@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.examples import Completion, Conversation, PlainText, parse_preference, parse_sft
 from mlx_optiq_ext.hub.dataset import split_files
 from mlx_optiq_ext.lora import dataset as dataset_module
 from mlx_optiq_ext.lora.dataset import load_dataset
-from mlx_optiq_ext.lora.examples import Completion, Conversation, PlainText, parse_preference, parse_sft
 
 USER = {"role": "user", "content": "Hello"}
 ANSWER = {"role": "assistant", "content": "Good day"}

@@ -5,8 +5,8 @@ import pytest
 from support_training import CHAT_TEMPLATE, chat_tokenizer, samples
 
 from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.examples import Completion, Conversation, PlainText, Preference
 from mlx_optiq_ext.lora.batches import Order, collate, fit_length
-from mlx_optiq_ext.lora.examples import Completion, Conversation, PlainText, Preference
 from mlx_optiq_ext.lora.masks import Sample, pair_of, samples_of
 
 TURNS = (

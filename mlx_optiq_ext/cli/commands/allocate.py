@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_optiq_ext.allocate.bitmap import allocate
+from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.allocation import write_allocation
@@ -17,10 +20,7 @@ from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.score import read_score
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
-from mlx_optiq_ext.quant.bitmap import allocate
-from mlx_optiq_ext.quant.kv_memory import kv_bytes_per_token
 from mlx_optiq_ext.quant.report_facts import predicted_as, prediction_text
-from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.figures import plus_minus
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, Pin, SensitivityTable

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.card import has_chat_template
@@ -21,7 +22,6 @@ from mlx_optiq_ext.formats.atomic import require_absent
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.quant.report import build_report
-from mlx_optiq_ext.quant.size import format_nbytes
 from mlx_optiq_ext.types.options import ConvertOptions
 from mlx_optiq_ext.types.verify import VerifyReport
 from mlx_optiq_integrations.usage import snippets_text, usage_snippets

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_optiq_ext.allocate.size import format_nbytes, head_room_nbytes, left_for_cache, parse_nbytes
 from mlx_optiq_ext.cli.commands.report import terminal_text
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.convert.kv_cache import plan_cache
@@ -29,7 +30,6 @@ from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.hub.resolve import resolve_model
 from mlx_optiq_ext.kv.report import UNBOUNDED, build_cache_report, context_that_fits
 from mlx_optiq_ext.patches.registry import activate
-from mlx_optiq_ext.quant.size import format_nbytes, head_room_nbytes, left_for_cache, parse_nbytes
 from mlx_optiq_ext.types.kv import KVConfig, KVSensitivity
 from mlx_optiq_ext.types.options import KVCacheOptions
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_optiq_ext.allocate.bitmap import divergence_curve
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.arguments import add_options, options_from
@@ -18,7 +19,6 @@ from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.formats.metadata import find_metadata, read_metadata
 from mlx_optiq_ext.formats.score import read_score
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
-from mlx_optiq_ext.quant.bitmap import divergence_curve
 from mlx_optiq_ext.quant.report import build_report
 from mlx_optiq_ext.types.metadata import PublishedMetadata
 from mlx_optiq_ext.types.options import ReportOptions

@@ -10,8 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from mlx_optiq_ext.allocate.budget import Item, Solution, lower_bound, solve
-from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
-from mlx_optiq_ext.quant.menu import (
+from mlx_optiq_ext.allocate.menu import (
     Menu,
     Offer,
     build_menus,
@@ -20,8 +19,9 @@ from mlx_optiq_ext.quant.menu import (
     widest_quantized,
     with_choice,
 )
-from mlx_optiq_ext.quant.pins import ForcedChoice, edge_pins, match_pins, parse_pin
-from mlx_optiq_ext.quant.size import Budget, budget_from, format_nbytes
+from mlx_optiq_ext.allocate.pins import ForcedChoice, edge_pins, match_pins, parse_pin
+from mlx_optiq_ext.allocate.size import Budget, budget_from, format_nbytes
+from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, BitMap, Choice, Pin, SensitivityTable
 

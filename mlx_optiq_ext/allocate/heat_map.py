@@ -1,4 +1,4 @@
-"""Sensitivity table and allocation → the grid of blocks × modules that the faces draw.
+"""Sensitivity table and allocation, or ranks → the grid of blocks × modules that the faces draw.
 
 Knows nothing of colours, files or MLX.
 """
@@ -11,7 +11,14 @@ import msgspec
 from mlx_optiq_ext.types.quant import Allocation, Choice, Probe, SensitivityTable, Unit
 from mlx_optiq_ext.types.report import HeatCell, HeatMap
 
-__all__ = ["build_heat_map", "module_role", "order_modules", "short_names"]
+__all__ = [
+    "block_and_role",
+    "build_heat_map",
+    "module_role",
+    "order_modules",
+    "rank_heat_map",
+    "short_names",
+]
 
 _COMMON_PROBE = Choice(bits=4, group_size=64)
 _GROUPS = ("attn", "mixer", "ssm", "conv", "router", "gate", "mlp", "feed_forward", "moe", "expert")
@@ -74,6 +81,34 @@ def build_heat_map(table: SensitivityTable | None, allocation: Allocation | None
     )
 
 
+def rank_heat_map(ranks: Mapping[str, int]) -> HeatMap:
+    """Lay the ranks of an adapter out by block and role.
+
+    Args:
+        ranks: Per path; modules of rank 0 stay empty.
+    """
+    places = {path: block_and_role(path) for path in ranks}
+    modules = order_modules([role for block, role in places.values() if block is not None])
+    cells = [
+        HeatCell(
+            path=path,
+            row=modules.index(role) if block is not None else 0,
+            block=block,
+            sensitivity=float(ranks[path]),
+        )
+        for path, (block, role) in places.items()
+        if ranks[path]
+    ]
+    return HeatMap(
+        title="Rank by block and module",
+        modules=modules,
+        labels=short_names(modules),
+        blocks=tuple(sorted({block for block, _ in places.values() if block is not None})),
+        cells=tuple(cell for cell in cells if cell.block is not None),
+        outside=tuple(cell for cell in cells if cell.block is None),
+    )
+
+
 def module_role(unit: Unit, path: str) -> str:
     """Role within the block of one of a unit's paths: what follows the prefix that the unit's name shows."""
     if path == unit.path and unit.module:
@@ -82,7 +117,7 @@ def module_role(unit: Unit, path: str) -> str:
         prefix = unit.path[: -len(unit.module)]
         if path.startswith(prefix):
             return path.removeprefix(prefix)
-    return _after_block(path)[1]
+    return block_and_role(path)[1]
 
 
 def order_modules(roles: Sequence[str]) -> tuple[str, ...]:
@@ -108,6 +143,15 @@ def short_names(roles: Sequence[str]) -> tuple[str, ...]:
         short.append(".".join(word for word in words if word) or role)
     counts = Counter(short)
     return tuple(name if counts[name] == 1 else role for name, role in zip(short, roles, strict=True))
+
+
+def block_and_role(path: str) -> tuple[int | None, str]:
+    """Block index and role of a dotted path: the first number in it is the block."""
+    words = path.split(".")
+    for index, word in enumerate(words[:-1]):
+        if word.isdigit():
+            return int(word), ".".join(words[index + 1 :])
+    return None, path
 
 
 def _cell(
@@ -154,15 +198,6 @@ def _distance(choice: Choice, other: Choice | None) -> tuple[float, str]:
 def _units_of_paths(choices: Mapping[str, Choice]) -> tuple[Unit, ...]:
     units = []
     for path in choices:
-        block, role = _after_block(path)
+        block, role = block_and_role(path)
         units.append(Unit(paths=(path,), shape=(), numel=0, kind="linear", block=block, module=role))
     return tuple(units)
-
-
-def _after_block(path: str) -> tuple[int | None, str]:
-    """Block index and role of a dotted path: the first number in it is the block."""
-    words = path.split(".")
-    for index, word in enumerate(words[:-1]):
-        if word.isdigit():
-            return int(word), ".".join(words[index + 1 :])
-    return None, path

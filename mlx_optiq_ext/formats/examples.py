@@ -1,6 +1,6 @@
 """One training example, read from a row of a data set, or what is wrong with the row.
 
-Knows the accepted forms and nothing of files, tokenizers or masks. Called by ``dataset``.
+Knows the accepted forms and nothing of files, tokenizers or masks. Called by ``lora`` and by the dashboard.
 """
 
 from collections.abc import Sequence
