@@ -177,8 +177,8 @@ class ModelAdapters:
 
     def _known(self, name: str) -> Mounted:
         if name not in self._named:
-            known = ", ".join(self._named) or "none is mounted"
-            raise UnknownName(f"no adapter {name[:80]!r} is mounted; there are: {known}", param="adapter")
+            known = f"there are: {', '.join(self._named)}" if self._named else "none is"
+            raise UnknownName(f"no adapter {name[:80]!r} is mounted; {known}", param="adapter")
         return self._named[name]
 
 

@@ -31,6 +31,13 @@ _KEPT = 32
 """Compiled grammars that are kept: agents send the same tools again and again."""
 _NO_SCHEMA = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 """What reading a schema raises that is none."""
+_NOUNS = {
+    "json_schema": "this JSON schema",
+    "json_object": "a JSON object",
+    "regex": "this regular expression",
+    "lark": "this grammar, which is read as Lark,",
+}
+_AT = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*?)(?: \(at \".*\))?")
 _QUOTED = re.compile(r"\s*\d+ \|")
 
 
@@ -129,17 +136,18 @@ class Constrainer:
             reason = self._reason(form_grammar(constraint))
             if reason:
                 return RequestError(
-                    f"this {constraint.kind} cannot be enforced: {reason}", param="response_format"
+                    f"{_NOUNS[constraint.kind]} cannot be enforced: {_placed(reason, constraint.kind)}",
+                    param=constraint.param,
                 )
         for index, tool in enumerate(request.tools):
             # As JSON in any family: what is wrong is said in the schema's own words.
             reason = self._reason(answer_grammar(AnswerForm(tools=(tool,)), "json_tools", {}))
             if reason:
                 return RequestError(
-                    f"the parameters of tool {tool.name!r} cannot be enforced: {reason}",
+                    f"the parameters of tool {tool.name!r} cannot be enforced: {_placed(reason)}",
                     param=f"tools[{index}]",
                 )
-        param = "tools" if request.tools else "response_format"
+        param = constraint.param if constraint is not None else "tools"
         return RequestError(f"the answer cannot be constrained: {_shortened(error)}", param=param)
 
     def _reason(self, grammar: str) -> str:
@@ -183,6 +191,16 @@ def _chosen(request: Generation) -> tuple[ToolSpec, ...]:
         names = json.dumps([tool.name for tool in request.tools], ensure_ascii=False)
         raise RequestError(f"tool_choice names {choice.name!r}; the tools are {names}", param="tool_choice")
     return chosen
+
+
+def _placed(reason: str, kind: str = "json_schema") -> str:
+    """What is wrong, and where in a client's own grammar; schemas and patterns are put into one of ours."""
+    found = _AT.fullmatch(reason)
+    if found is None:
+        return reason
+    if kind == "lark":
+        return f"line {found[1]}, column {found[2]}: {found[3]}"
+    return found[3].removeprefix("failed to compile JSON schema: ").rpartition("error: ")[2]
 
 
 def _shortened(error: str) -> str:

@@ -188,7 +188,7 @@ def _refuse_images(messages: Sequence[Message]) -> None:
             if isinstance(part, Image):
                 raise RequestError(
                     "this model cannot see images; send text, or serve a model with vision",
-                    param=f"messages[{number}].parts[{at}]",
+                    param=part.param or f"messages[{number}].parts[{at}]",
                 )
 
 

@@ -75,7 +75,7 @@ def log_end(account: Account, status: int, path: str) -> None:
         words.append(f"first={account.first_token_s:.3f}s")
     words.append(f"total={account.elapsed_s:.3f}s")
     if account.problem is not None and not account.client_left:
-        words.append(f"{account.problem.kind}: {account.problem.message[:_MAX_MESSAGE]}")
+        words.append(f"{account.problem.kind}: {account.problem.text[:_MAX_MESSAGE]}")
     _write(_level(status, path), account, " ".join(words))
 
 

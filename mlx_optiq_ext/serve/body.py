@@ -13,6 +13,7 @@ from litestar import Request
 from litestar.exceptions import HTTPException
 
 from mlx_optiq_ext.errors import RequestError
+from mlx_optiq_ext.serve.wrong_fields import field_error, path_of
 
 __all__ = ["decode_body", "decode_json"]
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 _OFF_LOOP_NBYTES = 256 << 10
 """Longer bodies are decoded on another thread, so that streams go on meanwhile."""
-_PLACE = re.compile(r" - at `(?:key in )?\$\.?(.*)`$", re.DOTALL)
+_STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 _JSON = re.compile(r"application/([\w.-]+\+)?json")
 
 
@@ -43,21 +44,44 @@ async def decode_body(request: Request[Any, Any, Any], kind: type[T]) -> T:
 
 
 def decode_json(data: bytes | str, kind: type[T]) -> T:
-    """Decode JSON as ``kind``.
+    """Decode JSON as ``kind``; ``5.0`` is an integer too.
 
     Raises:
         RequestError: As :func:`decode_body` says.
     """
     try:
-        return msgspec.json.decode(data, type=kind)
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            return _with_whole_numbers(msgspec.json.decode(data), kind)
     except msgspec.ValidationError as error:
-        message = str(error)
-        place = _PLACE.search(message)
-        param = place.group(1) if place else None
-        raise RequestError(message.replace("`$.", "`"), param=param or None) from None
+        raise field_error(error, data, kind) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except UnicodeDecodeError:
         raise RequestError("the body is not valid UTF-8") from None
     except msgspec.DecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
+
+
+def _with_whole_numbers(tree: Any, kind: type[T]) -> T:
+    """Convert; numbers without a fraction, where an integer is expected, become integers."""
+    while True:
+        try:
+            return msgspec.convert(tree, kind)
+        except msgspec.ValidationError as error:
+            if not _make_whole(tree, path_of(error)):
+                raise
+
+
+def _make_whole(tree: Any, path: str) -> bool:
+    """Whether there was a whole number at a path; it is an integer now."""
+    steps = [int(index) if index else name for index, name in _STEP.findall(path)]
+    for step in steps[:-1]:
+        tree = tree[step]
+    if not steps or not isinstance(value := tree[steps[-1]], float) or not value.is_integer():
+        return False
+    tree[steps[-1]] = int(value)
+    return True

@@ -94,7 +94,7 @@ class ImageReader(msgspec.Struct, frozen=True, kw_only=True):
             raise RequestError("a picture is a data: URL with base64, or an http(s) URL", param=param)
         if not self.fetch:
             raise RequestError(
-                "this server fetches no pictures; send a data: URL, or start it with --image-urls",
+                "this server fetches no pictures; send it as base64, or start the server with --image-urls",
                 param=param,
             )
         return self._fetched(url, param)
@@ -135,7 +135,7 @@ class ImageReader(msgspec.Struct, frozen=True, kw_only=True):
             raise RequestError("the picture is empty", param=param)
         if len(content) > self.max_nbytes:
             raise self._too_large(param)
-        return Image(data=content, media_type=media_type)
+        return Image(data=content, media_type=media_type, param=param)
 
     def _too_large(self, param: str) -> RequestError:
         return RequestError(f"the picture has more than {self.max_nbytes:,} bytes", param=param)

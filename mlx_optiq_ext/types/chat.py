@@ -38,6 +38,8 @@ class Image(msgspec.Struct, frozen=True, kw_only=True, tag="image"):
 
     data: bytes
     media_type: str
+    param: str = ""
+    """Path of the field in the client's request, for errors."""
 
 
 class Reasoning(msgspec.Struct, frozen=True, kw_only=True, tag="reasoning"):
@@ -122,6 +124,8 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["json_schema", "json_object", "regex", "lark"]
     value: dict[str, Any] | str | bool = ""
     """The schema, the pattern, or the grammar; nothing for ``json_object``."""
+    param: str = "response_format"
+    """Path of the field in the client's request, for errors."""
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True, kw_only=True):

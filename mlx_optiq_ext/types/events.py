@@ -5,6 +5,7 @@ deltas; a tool call is ``ToolCallStart``, ``ToolCallDelta``s, ``ToolCallEnd`` wi
 last one is exactly one ``Finished`` or ``Failed``.
 """
 
+import re
 from collections.abc import Callable
 from typing import Literal, Self, TypeAlias
 
@@ -133,11 +134,18 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """HTTP status of an answer that has not begun."""
     retry_after_s: float | None = None
     param: str | None = None
-    """Path of the field that is to blame, in the words of :mod:`mlx_optiq_ext.types.chat`."""
+    """Path of the field that is to blame, in the client's words where the request told them."""
     limit: int | None = None
     """Tokens of the context, of ``PromptTooLong``."""
     completion_tokens: int = 0
     """Generated before it failed."""
+
+    @property
+    def text(self) -> str:
+        """The message, with the field to blame before it where it does not name it."""
+        if self.param is None or re.search(rf"(?<![\w.]){re.escape(self.param)}(?!\w)", self.message):
+            return self.message
+        return f"{self.param}: {self.message}"
 
     @classmethod
     def of(cls, error: OptiqError) -> Self:

@@ -37,18 +37,18 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
     ({"messages": [5]}, "messages[0]"),
-    ({"messages": [{}]}, "messages[0]"),
+    ({"messages": [{}]}, "messages[0].role"),
     ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
-        "messages[0].tool_calls[0].function",
+        "messages[0].tool_calls[0].function.name",
     ),
     ({"messages": [{"role": "assistant", "tool_calls": {}}]}, "messages[0].tool_calls"),
     (_user(5), "messages[0].content"),
-    (_user([{"type": "text"}]), "messages[0].content[0]"),
+    (_user([{"type": "text"}]), "messages[0].content[0].text"),
     (_user([{"type": "text", "text": 5}]), "messages[0].content[0].text"),
     (_user([{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0].type"),
     (_picture({"url": "http://169.254.169.254/latest/meta-data"}), "messages[0].content[0].image_url.url"),
@@ -119,7 +119,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str | None]] = [
 ]
 
 LEGACY_FIELDS: list[tuple[dict[str, Any], str | None]] = [
-    ({}, None),
+    ({}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
@@ -136,7 +136,7 @@ LEGACY_FIELDS: list[tuple[dict[str, Any], str | None]] = [
 ]
 
 EMBED_FIELDS: list[tuple[dict[str, Any], str | None]] = [
-    ({}, None),
+    ({}, "input"),
     ({"input": ""}, "input"),
     ({"input": []}, "input"),
     ({"input": [1, "a"]}, "input"),

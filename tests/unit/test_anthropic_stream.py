@@ -10,7 +10,8 @@ from support_http import client_of, events_of, shown
 from mlx_optiq_ext.errors import Overloaded, PromptTooLong, QueueFull, RequestError
 from mlx_optiq_ext.serve.anthropic.from_events import MessageStream
 from mlx_optiq_ext.serve.unseen import conceal, reveal
-from mlx_optiq_ext.types.events import Failed, Started, TextDelta
+from mlx_optiq_ext.types.chat import Generation
+from mlx_optiq_ext.types.events import EventSink, Failed, Started, TextDelta
 
 BODY = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
 START_USAGE = {
@@ -233,7 +234,14 @@ def test_wrong_types_name_the_field_and_unknown_fields_are_ignored() -> None:
 
 
 def test_a_schema_that_the_engine_refuses_is_blamed_by_this_dialects_name() -> None:
-    refusal = RequestError("cannot be enforced", param="response_format")
-    with client_of(FakeEngine(refuse=refusal)) as client:
-        error = client.post("/v1/messages", json=BODY).json()["error"]
-    assert error["message"] == "output_config.format: cannot be enforced"
+    class Refusing(FakeEngine):
+        def submit(self, request: Generation, deliver: EventSink) -> str:
+            assert request.constraint is not None
+            raise RequestError("cannot be enforced", param=request.constraint.param)
+
+    with client_of(Refusing()) as client:
+        error = client.post(
+            "/v1/messages",
+            json={**BODY, "output_config": {"format": {"type": "json_schema", "schema": {}}}},
+        ).json()["error"]
+    assert error["message"] == "output_config.format.schema: cannot be enforced"

@@ -112,6 +112,8 @@ def test_results_become_tool_messages_with_the_name_of_their_call() -> None:
             },
         ]
     )
+    place = "messages[2].content[1].content[0].source.data"
+    shown = Image(data=b"hi", media_type="image/png", param=place)
     assert asked.messages[1:] == (
         Message(
             role="assistant",
@@ -126,9 +128,7 @@ def test_results_become_tool_messages_with_the_name_of_their_call() -> None:
             role="tool",
             parts=(
                 ToolResult(id="t1", name="weather", parts=texts("sun")),
-                ToolResult(
-                    id="t2", name="read", is_error=True, parts=(Image(data=b"hi", media_type="image/png"),)
-                ),
+                ToolResult(id="t2", name="read", is_error=True, parts=(shown,)),
             ),
         ),
         Message(role="user", parts=texts("and?")),
@@ -215,7 +215,9 @@ def test_every_way_to_ask_for_thinking(fields: dict[str, Any], expected: Reasoni
 
 def test_a_schema_constrains_the_answer() -> None:
     asked = translated(output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
-    assert asked.constraint == Constraint(kind="json_schema", value=SCHEMA)
+    assert asked.constraint == Constraint(
+        kind="json_schema", value=SCHEMA, param="output_config.format.schema"
+    )
 
 
 def test_the_session_is_the_header_else_the_session_in_the_user_id() -> None:
@@ -273,4 +275,6 @@ def test_a_remote_picture_is_read_by_the_reader_of_the_server() -> None:
     url = f"data:image/jpeg;base64,{data}"
     block = {"type": "image", "source": {"type": "url", "url": url}}
     asked = translated(messages=[{"role": "user", "content": [block]}])
-    assert asked.messages[0].parts == (Image(data=b"pixels", media_type="image/jpeg"),)
+    assert asked.messages[0].parts == (
+        Image(data=b"pixels", media_type="image/jpeg", param="messages[0].content[0].source.url"),
+    )

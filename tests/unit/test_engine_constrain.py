@@ -188,7 +188,7 @@ def test_what_demands_nothing_has_no_processor() -> None:
             "Gone",
         ),
         ({"constraint": Constraint(kind="json_schema", value=False)}, "response_format", "nsatisfiable"),
-        ({"constraint": Constraint(kind="regex", value="a(")}, "response_format", "regex"),
+        ({"constraint": Constraint(kind="regex", value="a(")}, "response_format", "unclosed group"),
         ({"constraint": Constraint(kind="lark", value="begin: x")}, "response_format", "start"),
         (
             {

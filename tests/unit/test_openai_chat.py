@@ -68,7 +68,13 @@ def test_every_turn_keeps_its_parts_in_order() -> None:
     ]
     assert _asked(messages=messages).messages == (
         Message(role="system", parts=(Text(text="be brief"), Text(text="really"))),
-        Message(role="user", parts=(Text(text="see"), Image(data=b"pixels", media_type="image/png"))),
+        Message(
+            role="user",
+            parts=(
+                Text(text="see"),
+                Image(data=b"pixels", media_type="image/png", param="messages[2].content[1].image_url.url"),
+            ),
+        ),
         Message(
             role="assistant",
             parts=(
@@ -143,11 +149,13 @@ def test_several_answers_differ_though_they_share_a_seed() -> None:
                     "json_schema": {"name": "n", "schema": {"type": "object"}},
                 }
             },
-            Constraint(kind="json_schema", value={"type": "object"}),
+            Constraint(
+                kind="json_schema", value={"type": "object"}, param="response_format.json_schema.schema"
+            ),
         ),
-        ({"guided_regex": "a+"}, Constraint(kind="regex", value="a+")),
-        ({"guided_grammar": "start: A"}, Constraint(kind="lark", value="start: A")),
-        ({"grammar": "start: A"}, Constraint(kind="lark", value="start: A")),
+        ({"guided_regex": "a+"}, Constraint(kind="regex", value="a+", param="guided_regex")),
+        ({"guided_grammar": "start: A"}, Constraint(kind="lark", value="start: A", param="guided_grammar")),
+        ({"grammar": "start: A"}, Constraint(kind="lark", value="start: A", param="grammar")),
     ],
 )
 def test_what_the_answer_must_look_like(fields: dict[str, Any], constraint: Constraint | None) -> None:

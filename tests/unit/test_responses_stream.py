@@ -10,7 +10,8 @@ from support_http import client_of, events_of, shown
 from mlx_optiq_ext.errors import Overloaded, PromptTooLong, QueueFull, RequestError
 from mlx_optiq_ext.serve.responses.from_events import HEARTBEATS_PER_LINE, Drafting, ResponseStream
 from mlx_optiq_ext.serve.unseen import conceal
-from mlx_optiq_ext.types.events import Accepted, Failed, Started, TextDelta, TokenLogprob
+from mlx_optiq_ext.types.chat import Generation
+from mlx_optiq_ext.types.events import Accepted, EventSink, Failed, Started, TextDelta, TokenLogprob
 
 BODY: dict[str, Any] = {"model": "m", "input": "hi"}
 VOLATILE = ("id", "created_at", "completed_at", "item_id")
@@ -337,7 +338,14 @@ def test_a_response_that_has_ended_cannot_be_cancelled_or_streamed_again() -> No
 
 
 def test_a_schema_that_the_engine_refuses_is_blamed_by_this_dialects_name() -> None:
-    refusal = RequestError("cannot be enforced", param="response_format")
-    with client_of(FakeEngine(refuse=refusal)) as client:
-        error = client.post("/v1/responses", json=BODY).json()["error"]
-    assert error["param"] == "text.format"
+    class Refusing(FakeEngine):
+        def submit(self, request: Generation, deliver: EventSink) -> str:
+            assert request.constraint is not None
+            raise RequestError("cannot be enforced", param=request.constraint.param)
+
+    with client_of(Refusing()) as client:
+        error = client.post(
+            "/v1/responses", json={**BODY, "text": {"format": {"type": "json_schema", "schema": {}}}}
+        ).json()["error"]
+    assert error["param"] == "text.format.schema"
+    assert error["message"] == "text.format.schema: cannot be enforced"

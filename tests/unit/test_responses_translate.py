@@ -101,10 +101,13 @@ def test_every_kind_of_item_becomes_a_part_of_its_turn() -> None:
             {"role": "user", "content": "and?"},
         ]
     )
-    picture = Image(data=b"hi", media_type="image/png")
+    shown, returned = (
+        Image(data=b"hi", media_type="image/png", param=f"input[{place}].image_url")
+        for place in ("2].content[1", "7].output[0")
+    )
     assert asked.messages == (
         Message(role="system", parts=texts("rules", "more")),
-        Message(role="user", parts=(Text(text="look"), picture)),
+        Message(role="user", parts=(Text(text="look"), shown)),
         Message(
             role="assistant",
             parts=(
@@ -117,7 +120,7 @@ def test_every_kind_of_item_becomes_a_part_of_its_turn() -> None:
         Message(
             role="tool",
             parts=(
-                ToolResult(id="c1", name="agents.spawn", parts=(picture,)),
+                ToolResult(id="c1", name="agents.spawn", parts=(returned,)),
                 ToolResult(id="c2", name="patch", parts=texts("done")),
             ),
         ),
@@ -149,10 +152,10 @@ def test_reasoning_comes_back_from_where_it_is_fullest(item: dict[str, Any]) -> 
     ("text", "expected"),
     [
         ({"format": {"type": "text"}}, None),
-        ({"format": {"type": "json_object"}}, Constraint(kind="json_object")),
+        ({"format": {"type": "json_object"}}, Constraint(kind="json_object", param="text.format")),
         (
             {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}},
-            Constraint(kind="json_schema", value=SCHEMA),
+            Constraint(kind="json_schema", value=SCHEMA, param="text.format.schema"),
         ),
     ],
 )

@@ -70,7 +70,7 @@ def _refusal(reader: ImageReader, url: str) -> str:
 
 def test_data_url_is_taken_as_it_is() -> None:
     image = ImageReader().from_url(f"data:image/png;base64,{CODE}", param="p")
-    assert image == Image(data=PIXELS, media_type="image/png")
+    assert image == Image(data=PIXELS, media_type="image/png", param="p")
     wrapped = ImageReader().from_base64(CODE[:8] + "\n " + CODE[8:], "image/png", param="p")
     assert wrapped == image
 
@@ -120,7 +120,7 @@ def test_no_spelling_of_a_private_address_is_asked(host: str) -> None:
 
 def test_remote_picture_is_fetched_where_allowed(pictures: str) -> None:
     assert _fetching().from_url(f"{pictures}/png?x=1", param="p") == Image(
-        data=PIXELS, media_type="image/png"
+        data=PIXELS, media_type="image/png", param="p"
     )
     assert _fetching().from_url(f"{pictures}/again", param="p").data == PIXELS
 

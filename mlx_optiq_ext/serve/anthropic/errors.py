@@ -22,12 +22,9 @@ _TYPES: Mapping[int, str] = {
 
 def error_body(problem: Failed, request_id: str = "") -> dict[str, Any]:
     """The body of an error; the field to blame is named in the message, there being no other place for it."""
-    param = "output_config.format" if problem.param == "response_format" else problem.param
     error: dict[str, Any] = {
         "type": _TYPES.get(problem.status, "api_error" if problem.status >= 500 else "invalid_request_error"),
-        "message": f"{param}: {problem.message}"
-        if param and param not in problem.message
-        else problem.message,
+        "message": problem.text,
     }
     if problem.kind == "ThreadUnsupported":
         error["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}

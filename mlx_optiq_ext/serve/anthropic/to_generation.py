@@ -123,7 +123,7 @@ def _tool_choice(choice: schema.ToolChoice | None, tools: list[ToolSpec]) -> Too
 def _constraint(config: schema.OutputConfig | None) -> Constraint | None:
     if config is None or config.format is None:
         return None
-    return Constraint(kind="json_schema", value=config.format.schema)
+    return Constraint(kind="json_schema", value=config.format.schema, param="output_config.format.schema")
 
 
 def _reasoning(

@@ -164,4 +164,5 @@ class _Reader:
 
 def _misplaced(block: schema.Block | schema.ResultBlock, role: str, path: str) -> RequestError:
     kind = type(block).__struct_config__.tag
-    return RequestError(f"a {role} turn cannot hold a block of type {kind!r}", param=path)
+    article = "an" if role == "assistant" else "a"
+    return RequestError(f"{article} {role} turn cannot hold a block of type {kind!r}", param=path)

@@ -25,7 +25,7 @@ _CODES: Mapping[str, str] = {
 
 def error_body(problem: Failed) -> dict[str, Any]:
     """The body of an error."""
-    message = problem.message
+    message = problem.text
     if problem.limit is not None:
         message = f"the maximum context length is {problem.limit} tokens; {message}"
     return {

@@ -104,9 +104,9 @@ def prompts_of(given: str | Sequence[str | int | list[int]], param: str) -> tupl
         raise RequestError("texts and token ids cannot be mixed", param=param)
     for prompt in prompts:
         if not prompt:
-            raise RequestError("is empty; at least one token is needed", param=param)
+            raise RequestError("is empty; give at least one token", param=param)
         if not isinstance(prompt, str) and min(prompt) < 0:
-            raise RequestError("token ids are not negative", param=param)
+            raise RequestError("token ids cannot be negative", param=param)
     return prompts
 
 
@@ -170,13 +170,19 @@ def _constraint(request: schema.SamplingFields) -> Constraint | None:
     elif form is not None and form.type == "json_schema":
         if form.json_schema is None:
             raise RequestError("json_schema needs a schema", param="response_format.json_schema")
-        found["response_format"] = Constraint(kind="json_schema", value=form.json_schema.schema)
+        found["response_format"] = Constraint(
+            kind="json_schema",
+            value=form.json_schema.schema,
+            param="response_format.json_schema.schema",
+        )
     if request.guided_regex is not None:
-        found["guided_regex"] = Constraint(kind="regex", value=request.guided_regex)
+        found["guided_regex"] = Constraint(kind="regex", value=request.guided_regex, param="guided_regex")
     if request.guided_grammar is not None:
-        found["guided_grammar"] = Constraint(kind="lark", value=request.guided_grammar)
+        found["guided_grammar"] = Constraint(
+            kind="lark", value=request.guided_grammar, param="guided_grammar"
+        )
     if request.grammar is not None:
-        found["grammar"] = Constraint(kind="lark", value=request.grammar)
+        found["grammar"] = Constraint(kind="lark", value=request.grammar, param="grammar")
     if len(found) > 1:
         raise RequestError(f"{' and '.join(found)} exclude each other", param=list(found)[-1])
     return next(iter(found.values()), None)

@@ -60,7 +60,9 @@ def _add_assistant(turns: Turns, message: schema.ChatMessage, path: str) -> None
 
 def _add_result(turns: Turns, message: schema.ChatMessage, path: str, images: ImageReader) -> None:
     if message.tool_call_id is None:
-        raise RequestError("a tool message names the call it answers", param=f"{path}.tool_call_id")
+        raise RequestError(
+            "is missing; a tool message names the call that it answers", param=f"{path}.tool_call_id"
+        )
     parts = _content(message, path, images)
     turns.add("tool", ToolResult(id=message.tool_call_id, parts=tuple(parts), name=message.name or ""))
 
@@ -96,8 +98,14 @@ def _content(message: schema.ChatMessage, path: str, images: ImageReader) -> lis
 
 def _present(message: schema.ChatMessage, path: str) -> str | list[schema.ContentPart]:
     if message.content is None:
-        raise RequestError(f"a {message.role} message has content", param=f"{path}.content")
+        raise RequestError(
+            f"is missing; {_articled(message.role)} message needs content", param=f"{path}.content"
+        )
     return message.content
+
+
+def _articled(role: str) -> str:
+    return f"an {role}" if role == "assistant" else f"a {role}"
 
 
 def _text(part: schema.TextPart | schema.RefusalPart) -> Text:

@@ -42,7 +42,9 @@ def _specs(tools: list[schema.ToolDefinition]) -> dict[str, ToolSpec]:
         if tool.type != "function":
             continue
         if tool.function is None:
-            raise RequestError("a function tool has a function", param=f"tools[{index}].function")
+            raise RequestError(
+                "is missing; a tool of type function needs it", param=f"tools[{index}].function"
+            )
         name = tool.function.name
         if name in specs:
             raise RequestError(f"two tools are named {name!r}", param=f"tools[{index}].function.name")

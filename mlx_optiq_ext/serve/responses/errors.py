@@ -6,6 +6,8 @@ Source: OpenAI Responses API, "error" of the response object.
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from mlx_optiq_ext.serve.openai import errors as openai_errors
 from mlx_optiq_ext.types.events import Failed
 
@@ -21,15 +23,15 @@ _NOT_STORED: Mapping[str | None, str] = {
 
 def error_body(problem: Failed) -> dict[str, Any]:
     """The body of an error before the answer has begun."""
+    if problem.param == "messages":
+        problem = msgspec.structs.replace(problem, param="input")
     body = openai_errors.error_body(problem)
     if problem.kind == "UnknownName" and problem.param in _NOT_STORED:
         body["error"]["code"] = _NOT_STORED[problem.param]
-    if problem.param == "response_format":
-        body["error"]["param"] = "text.format"
     return body
 
 
 def failure(problem: Failed) -> dict[str, Any]:
     """The ``error`` of a response that failed in the middle."""
     codes = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
-    return {"code": codes.get(problem.status, "server_error"), "message": problem.message}
+    return {"code": codes.get(problem.status, "server_error"), "message": problem.text}

@@ -173,10 +173,10 @@ def _constraint(text: schema.TextConfig | None) -> Constraint | None:
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return Constraint(kind="json_object")
+        return Constraint(kind="json_object", param="text.format")
     if form.schema is None:
         raise RequestError("text.format of type json_schema has no schema", param="text.format.schema")
-    return Constraint(kind="json_schema", value=form.schema)
+    return Constraint(kind="json_schema", value=form.schema, param="text.format.schema")
 
 
 def _reasoning(config: schema.ReasoningConfig | None) -> ReasoningOptions:
