@@ -67,7 +67,7 @@ def test_the_billing_line_never_reaches_the_prompt() -> None:
     assert with_line == translated(system="rules")
 
 
-def test_an_early_system_message_joins_the_system_prompt_and_a_later_one_stays() -> None:
+def test_system_messages_keep_their_places() -> None:
     asked = translated(
         system="rules",
         messages=[
@@ -79,8 +79,9 @@ def test_an_early_system_message_joins_the_system_prompt_and_a_later_one_stays()
         ],
     )
     assert asked.messages == (
-        Message(role="system", parts=texts("rules", "environment")),
+        Message(role="system", parts=texts("rules")),
         Message(role="user", parts=texts("hi")),
+        Message(role="system", parts=texts("environment")),
         Message(role="assistant", parts=texts("hello")),
         Message(role="system", parts=texts("reminder")),
         Message(role="user", parts=texts("go on")),

@@ -131,6 +131,8 @@ def test_an_early_system_message_is_hoisted_and_a_late_one_stays():
     wrapped = templated("chatml")
     hoisted, _ = rendered(wrapped, SYSTEM, ASK, said("system", "Today is Monday."), ANSWER, AGAIN)
     assert in_order(hoisted, "Rules.\n\nToday is Monday.", "How warm?")
+    first, _ = rendered(wrapped, SYSTEM, said("system", "Today is Monday."), ASK, ANSWER, AGAIN)
+    assert hoisted == first
     late, _ = rendered(wrapped, SYSTEM, ASK, ANSWER, said("system", "Be brief."), AGAIN)
     assert in_order(late, "Which city?", "<|im_start|>system\nBe brief.", "Bern.")
 

@@ -1,8 +1,8 @@
 """The conversation of ``/v1/messages`` in our own types, with a head that stays the same from turn to turn.
 
-Clients vary what does not matter: a line for billing that differs in every conversation, a system message
-behind the first user turn, a string in place of a list of one block, marks for caching. All of that is evened
-out here. Called by ``to_generation``; knows no template and no token.
+Clients vary what does not matter: a line for billing that differs in every conversation, a string in place of
+a list of one block, marks for caching. All of that is evened out here; where system messages go is the
+engine's business. Called by ``to_generation``; knows no template and no token.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,7 @@ def to_messages(
 ) -> tuple[Message, ...]:
     """Translate the system prompt and every turn.
 
-    A system message that directly follows the first user turn becomes part of the system prompt, where
-    conversations of one project share it; later ones stay in place. Consecutive turns of one role are one.
+    Consecutive turns of one role are one.
 
     Args:
         request: As decoded.
@@ -50,17 +49,13 @@ def to_messages(
     """
     if not request.messages:
         raise RequestError("messages is empty; at least one user turn is needed", param="messages")
-    reader = _Reader(tools, images)
-    system, turns = _system_texts(request.system), Turns()
+    reader, turns = _Reader(tools, images), Turns()
+    for text in _system_texts(request.system):
+        turns.add("system", text)
     for index, message in enumerate(request.messages):
-        path = f"messages[{index}].content"
-        if message.role == "system" and index <= 1:
-            system += reader.texts(message.content, path)
-        else:
-            for part in reader.parts(message, path):
-                turns.add(message.role, part)
-    head = (Message(role="system", parts=tuple(system)),) if system else ()
-    return head + turns.messages()
+        for part in reader.parts(message, f"messages[{index}].content"):
+            turns.add(message.role, part)
+    return turns.messages()
 
 
 def _system_texts(system: str | Sequence[schema.TextBlock] | None) -> list[Text]:
