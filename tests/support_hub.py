@@ -28,6 +28,8 @@ class FakeHub:
         self.broken_files: set[str] = set()
         """Files whose download ends after half of the bytes."""
         self.account: dict[str, object] | None = None
+        self.found: dict[str, dict[str, object]] = {}
+        """What a search answers: id → further facts."""
         self.asked: list[str] = []
         self.url = ""
 
@@ -90,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self.state.status, b"{}")
         if path == "/api/whoami-v2":
             return self._send_json(self.state.account) if self.state.account else self._send(401, b"{}")
+        if path == "/api/models":
+            return self._send_json([{"id": name, **facts} for name, facts in self.state.found.items()])
         if path.startswith("/api/models/"):
             return self._model_api(path.removeprefix("/api/models/"))
         return self._file(path.lstrip("/"))

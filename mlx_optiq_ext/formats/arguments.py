@@ -14,7 +14,16 @@ import msgspec
 
 from mlx_optiq_ext.errors import UsageError
 
-__all__ = ["add_options", "flag_name", "given_options", "option_names", "options_from"]
+__all__ = [
+    "Option",
+    "add_options",
+    "check_value",
+    "flag_name",
+    "given_options",
+    "option_names",
+    "options_from",
+    "options_of",
+]
 
 _S = TypeVar("_S", bound=msgspec.Struct)
 _METAVARS = {
@@ -29,10 +38,11 @@ _METAVARS = {
 """What stands for a value in the help, where the last word of the name would not say it."""
 
 
-class _Option(msgspec.Struct, frozen=True, kw_only=True):
-    """One field of a Struct, flattened."""
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """One field of a Struct, flattened: what a flag or a form's field is made from."""
 
     name: str
+    """Of the field; :func:`flag_name` makes the flag of it."""
     parents: tuple[str, ...]
     """Names of the Struct fields it is nested in."""
     annotation: Any
@@ -43,6 +53,23 @@ class _Option(msgspec.Struct, frozen=True, kw_only=True):
     def kind(self) -> Any:
         """The annotation without ``Annotated`` and ``| None``."""
         return _plain(self.annotation)
+
+    @property
+    def wanted(self) -> str:
+        """What it takes, for people: ``a whole number (at least 1)``."""
+        kind = self.kind
+        if typing.get_origin(kind) is typing.Literal:
+            return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+        if kind not in (int, float):
+            return {bool: "yes or no (True or False)", str: "a text"}.get(kind, "a list of texts")
+        bounds = [
+            f"{words} {bound:g}"
+            for meta in _metas(self.annotation)
+            for words, bound in (("above", meta.gt), ("at least", meta.ge), ("at most", meta.le))
+            if bound is not None
+        ]
+        number = "a whole number" if kind is int else "a number"
+        return f"{number} ({', '.join(bounds)})" if bounds else number
 
 
 def add_options(
@@ -57,7 +84,7 @@ def add_options(
         struct_type: Every field needs a default and a ``msgspec.Meta`` description.
         prefix: Put before every name: ``"optiq-"`` gives ``--optiq-target-bpw`` and ``optiq_target_bpw``.
     """
-    for option in _options(struct_type):
+    for option in options_of(struct_type):
         parser.add_argument(
             flag_name(option.name, prefix=prefix),
             dest=_dest(option.name, prefix),
@@ -80,14 +107,14 @@ def options_from(namespace: argparse.Namespace, struct_type: type[_S], *, prefix
         UsageError: A value is out of bounds or of the wrong type; the message names the flag.
     """
     values: dict[str, Any] = {}
-    for option in _options(struct_type):
+    for option in options_of(struct_type):
         dest = _dest(option.name, prefix)
         if not hasattr(namespace, dest):
             continue
         level = values
         for parent in option.parents:
             level = level.setdefault(parent, {})
-        level[option.name] = _checked(option, getattr(namespace, dest), prefix)
+        level[option.name] = check_value(option, getattr(namespace, dest), prefix=prefix)
     return msgspec.convert(values, struct_type)
 
 
@@ -96,13 +123,13 @@ def given_options(
 ) -> tuple[str, ...]:
     """Names of the fields whose flags were given, after flattening, in declaration order."""
     return tuple(
-        option.name for option in _options(struct_type) if hasattr(namespace, _dest(option.name, prefix))
+        option.name for option in options_of(struct_type) if hasattr(namespace, _dest(option.name, prefix))
     )
 
 
 def option_names(struct_type: type[msgspec.Struct]) -> tuple[str, ...]:
     """Field names after flattening, in declaration order."""
-    return tuple(option.name for option in _options(struct_type))
+    return tuple(option.name for option in options_of(struct_type))
 
 
 def flag_name(name: str, *, prefix: str = "") -> str:
@@ -110,25 +137,48 @@ def flag_name(name: str, *, prefix: str = "") -> str:
     return f"--{prefix}{name.replace('_', '-')}"
 
 
-def _dest(name: str, prefix: str) -> str:
-    return f"{prefix.replace('-', '_')}{name}"
+def options_of(struct_type: type[msgspec.Struct], parents: tuple[str, ...] = ()) -> Iterator[Option]:
+    """The fields of a Struct in declaration order; those that are Structs are flattened.
 
-
-def _options(struct_type: type[msgspec.Struct], parents: tuple[str, ...] = ()) -> Iterator[_Option]:
+    Args:
+        struct_type: Every field needs a default and a ``msgspec.Meta`` description.
+        parents: Names of the fields that ``struct_type`` is nested in.
+    """
     hints = typing.get_type_hints(struct_type, include_extras=True)
     for field in msgspec.structs.fields(struct_type):
         annotation = hints[field.name]
         plain = _plain(annotation)
         if isinstance(plain, type) and issubclass(plain, msgspec.Struct):
-            yield from _options(plain, (*parents, field.name))
+            yield from options_of(plain, (*parents, field.name))
             continue
-        yield _Option(
+        yield Option(
             name=field.name,
             parents=parents,
             annotation=annotation,
             default=field.default,
             description=_description(annotation),
         )
+
+
+def check_value(option: Option, value: Any, *, prefix: str = "") -> Any:
+    """Convert and check the value of one option.
+
+    Args:
+        option: From :func:`options_of`.
+        value: Of its type, or text for a number.
+        prefix: Of the flag, for messages.
+    Raises:
+        UsageError: It is out of bounds or of the wrong type; the message names the flag.
+    """
+    try:
+        return _convert(option, value)
+    except msgspec.ValidationError:
+        flag = flag_name(option.name, prefix=prefix)
+        raise UsageError(f"{flag}: {value!r} will not do, it takes {option.wanted}") from None
+
+
+def _dest(name: str, prefix: str) -> str:
+    return f"{prefix.replace('-', '_')}{name}"
 
 
 def _plain(annotation: Any) -> Any:
@@ -151,23 +201,6 @@ def _description(annotation: Any) -> str:
     return next(filter(None, map(_description, typing.get_args(annotation))), "")
 
 
-def _wanted(option: _Option) -> str:
-    """What an option takes, for people."""
-    kind = option.kind
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if kind not in (int, float):
-        return {bool: "yes or no (True or False)", str: "a text"}.get(kind, "a list of texts")
-    bounds = [
-        f"{words} {bound:g}"
-        for meta in _metas(option.annotation)
-        for words, bound in (("above", meta.gt), ("at least", meta.ge), ("at most", meta.le))
-        if bound is not None
-    ]
-    number = "a whole number" if kind is int else "a number"
-    return f"{number} ({', '.join(bounds)})" if bounds else number
-
-
 def _metas(annotation: Any) -> Iterator[msgspec.Meta]:
     if isinstance(annotation, msgspec.Meta):
         yield annotation
@@ -175,7 +208,7 @@ def _metas(annotation: Any) -> Iterator[msgspec.Meta]:
         yield from _metas(part)
 
 
-def _help(option: _Option, prefix: str) -> str:
+def _help(option: Option, prefix: str) -> str:
     # Descriptions name other flags without the prefix.
     text = option.description.replace("--", f"--{prefix}")
     if isinstance(option.default, bool):
@@ -185,7 +218,7 @@ def _help(option: _Option, prefix: str) -> str:
     return text.replace("%", "%%")
 
 
-def _argparse_keywords(option: _Option) -> dict[str, Any]:
+def _argparse_keywords(option: Option) -> dict[str, Any]:
     kind = option.kind
     metavar = _METAVARS.get(option.name, option.name.rpartition("_")[2].upper())
     if kind is bool:
@@ -218,26 +251,18 @@ class _YesOrNo(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, not is_no)
 
 
-def _parser_of(option: _Option) -> Callable[[str], Any]:
+def _parser_of(option: Option) -> Callable[[str], Any]:
     """Read one value; argparse puts the flag's name before the message."""
 
     def parse(text: str) -> Any:
         try:
             return _convert(option, text)
         except msgspec.ValidationError:
-            raise argparse.ArgumentTypeError(f"{text!r} will not do, it takes {_wanted(option)}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} will not do, it takes {option.wanted}") from None
 
     return parse
 
 
-def _checked(option: _Option, value: Any, prefix: str) -> Any:
-    try:
-        return _convert(option, value)
-    except msgspec.ValidationError:
-        flag = flag_name(option.name, prefix=prefix)
-        raise UsageError(f"{flag}: {value!r} will not do, it takes {_wanted(option)}") from None
-
-
-def _convert(option: _Option, value: Any) -> Any:
+def _convert(option: Option, value: Any) -> Any:
     """Check one value; text becomes a number where a number is asked for, and stays text elsewhere."""
     return msgspec.convert(value, option.annotation, strict=option.kind not in (int, float))

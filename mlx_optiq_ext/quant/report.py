@@ -8,7 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from mlx_optiq_ext.allocate.heat_map import build_heat_map
-from mlx_optiq_ext.quant.report_facts import predicted_as, report_facts
+from mlx_optiq_ext.allocate.prediction import predicted_as
+from mlx_optiq_ext.quant.report_facts import report_facts
 from mlx_optiq_ext.types.figures import number_text, plus_minus, size_text
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
 from mlx_optiq_ext.types.report import Curve, CurvePoint, Report, TextTable

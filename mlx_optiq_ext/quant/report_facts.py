@@ -1,13 +1,14 @@
 """The facts a report begins with: size, bits, measured and predicted divergence, model, method.
 
-Called by ``quant.report``; the wording of predictions also serves ``optiq allocate``.
+Called by ``quant.report``.
 """
 
-from mlx_optiq_ext.types.figures import number_text, plus_minus, size_text
+from mlx_optiq_ext.allocate.prediction import prediction_text
+from mlx_optiq_ext.types.figures import plus_minus, size_text
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
 from mlx_optiq_ext.types.score import ScoreReport
 
-__all__ = ["predicted_as", "prediction_text", "report_facts"]
+__all__ = ["report_facts"]
 
 
 def report_facts(
@@ -45,31 +46,6 @@ def report_facts(
     if correction is not None:
         facts.append(("correction", correction))
     return tuple(facts)
-
-
-def predicted_as(correction: str) -> str:
-    """Which rounding a prediction assumes: that of the table's errors, for uniform choices too."""
-    return f"predicted with {'plain' if correction == 'none' else correction} rounding"
-
-
-def prediction_text(divergence: float, table: SensitivityTable | None) -> str:
-    """Show a predicted divergence as what it is: a raw estimate without an interval.
-
-    Its spread over calibration windows makes no interval: the error of the second-order estimate is the
-    larger part. Where exact probes were run, their ratio is told and what it would make of the prediction.
-
-    Args:
-        divergence: The prediction, nats per token.
-        table: What it was summed from, where that is known.
-    """
-    is_exact = table is not None and table.method in {"kl", "published"}
-    kind = "sum of single-tensor probes" if is_exact else "raw estimate"
-    text = f"{number_text(divergence)} nats/token, {kind} on calibration text"
-    check = table.probe_check if table else None
-    if check is None:
-        return text
-    about = f"{check.ratio * divergence:#.2g}".rstrip(".")
-    return f"{text}; {check.num_probes} exact single-tensor probes say ×{check.ratio:.2f}: about {about}"
 
 
 def _table_facts(table: SensitivityTable) -> list[tuple[str, str]]:

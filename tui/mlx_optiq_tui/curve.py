@@ -18,12 +18,13 @@ _LINE, _UNIFORM, _CHOSEN, _MEASURED = bits_color(4), "#8a8f98", "#fb9b06", "#ed6
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
-def draw_curve(curve: Curve, style: Style) -> str:
+def draw_curve(curve: Curve, style: Style, height: int = _HEIGHT) -> str:
     """Draw bits (to the right) against divergence (upward, logarithmic).
 
     Args:
         curve: Predicted line, chosen point, uniform and measured points.
         style: Colours and width.
+        height: Lines of the plot itself, without title, axis and legend.
     Returns:
         Lines without a trailing newline; empty where there is no point with positive divergence.
     """
@@ -33,7 +34,7 @@ def draw_curve(curve: Curve, style: Style) -> str:
     if y_axis is None:
         return ""
     x_axis = LinearAxis(low=min(p.bpw for p in points) - 0.25, high=max(p.bpw for p in points) + 0.75)
-    plot = _Plot(x_axis, y_axis, style.width - _LABEL_WIDTH - 2, _HEIGHT, style)
+    plot = _Plot(x_axis, y_axis, style.width - _LABEL_WIDTH - 2, height, style)
     plot.line(curve.predicted, _LINE)
     plot.markers(curve.uniform, "○", _UNIFORM)
     plot.markers(curve.measured_uniform, "◇", _UNIFORM)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_optiq_ext.allocate.bitmap import allocate
 from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.allocate.prediction import predicted_as, prediction_text
 from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.cli.console import Console, format_table
 from mlx_optiq_ext.errors import UsageError
@@ -20,7 +21,6 @@ from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.formats.atomic import require_absent_file
 from mlx_optiq_ext.formats.score import read_score
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
-from mlx_optiq_ext.quant.report_facts import predicted_as, prediction_text
 from mlx_optiq_ext.types.figures import plus_minus
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, Pin, SensitivityTable
