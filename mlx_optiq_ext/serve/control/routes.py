@@ -41,6 +41,18 @@ class ClientList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
+class LogLines(msgspec.Struct, frozen=True, kw_only=True):
+    """Lines of the log, oldest first."""
+
+    lines: tuple[LogLine, ...]
+
+
+class Freed(msgspec.Struct, frozen=True, kw_only=True):
+    """What is no longer held."""
+
+    freed_nbytes: int
+
+
 class Health(msgspec.Struct, frozen=True, kw_only=True):
     """Whether requests are taken."""
 
@@ -74,7 +86,7 @@ async def health_head(request: Request[Any, Any, Any]) -> Response[None]:
     return Response(None, status_code=200 if ready else 503)
 
 
-@get("/metrics")
+@get("/metrics", media_type="text/plain")
 async def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
     """Tell Prometheus."""
     return Response(metrics_text(serving_of(request).engine), media_type=_METRICS_TYPE)
@@ -99,7 +111,7 @@ async def status_events(request: Request[Any, Any, Any]) -> Stream:
 
 
 @get("/optiq/log")
-async def log(request: Request[Any, Any, Any]) -> Response[Any] | Stream:
+async def log(request: Request[Any, Any, Any]) -> Response[LogLines] | Stream:
     """Show the log's lines after number ``after``, once, or as a stream that goes on (``stream=true``)."""
     after = request.query_params.get("after", "0")
     if not (after.isascii() and after.isdigit() and len(after) < 19):
@@ -107,7 +119,7 @@ async def log(request: Request[Any, Any, Any]) -> Response[Any] | Stream:
     engine = serving_of(request).engine
     if request.query_params.get("stream") == "true":
         return _stream(_lines(engine, int(after)))
-    return Response({"lines": engine.log_lines(int(after))})
+    return Response(LogLines(lines=engine.log_lines(int(after))))
 
 
 @post("/optiq/models/load", status_code=200)
@@ -129,9 +141,10 @@ async def unload_model(request: Request[Any, Any, Any]) -> EngineStatus:
 
 
 @delete("/optiq/prefix-cache", status_code=200)
-async def clear_prefix_cache(request: Request[Any, Any, Any]) -> dict[str, int]:
+async def clear_prefix_cache(request: Request[Any, Any, Any]) -> Freed:
     """Drop every cached prefix, on disk too."""
-    return {"freed_nbytes": await until_left(request, serving_of(request).engine.clear_prefix_cache())}
+    freed = await until_left(request, serving_of(request).engine.clear_prefix_cache())
+    return Freed(freed_nbytes=freed)
 
 
 router = Router(
