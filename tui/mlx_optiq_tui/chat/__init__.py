@@ -1,0 +1,1 @@
+"""Talk to the served model: conversations, tools with consent, and the sandbox that they run in."""
