@@ -1,4 +1,5 @@
 # make demo: a real model measured, converted, compared, generating. make test: the whole gate.
+# make test-clients: real coding agents, installed into .clients, against a live server (its own job).
 # Each makes its own environment in .venv.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
@@ -9,13 +10,17 @@ FAST := $(shell [ "$$(uname -sm)" = "Linux x86_64" ] && ! ldconfig -p 2>/dev/nul
 # The lowest allowed versions of what we build on, as in pyproject.toml (tests/borders/test_versions.py).
 LOWEST := mlx==0.32.0 mlx-lm==0.32.0
 
-.PHONY: demo test test-lowest lint docs
+.PHONY: demo test test-clients test-lowest lint docs
 
 demo: .venv/ready
 	bash benchmarks/demo.sh
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not clients"
+
+test-clients: .venv/ready
+	$(BIN)/python tests/agents/install.py
+	$(BIN)/python -m pytest -m clients tests/agents
 
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/patches

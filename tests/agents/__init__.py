@@ -1,0 +1,1 @@
+"""Real clients, installed by ``make test-clients``, against a live server."""
