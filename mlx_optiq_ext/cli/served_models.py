@@ -36,7 +36,7 @@ def find_models(options: ServeOptions, progress: ProgressSink) -> tuple[ModelSpe
         UsageError: No model is named, two are, or an option belongs to one that is not there.
         ModelNotFound: The named one is not there, or no folder of ``--models-dir`` holds one.
     """
-    _require_default_of_its_options(options)
+    _require_what_options_need(options)
     if (options.model is not None) and options.demo_model:
         raise UsageError("--model and --demo-model name two default models; give one of them")
     if options.model is None and not options.demo_model and options.models_dir is None:
@@ -65,7 +65,10 @@ def find_models(options: ServeOptions, progress: ProgressSink) -> tuple[ModelSpe
     return tuple(specs)
 
 
-def _require_default_of_its_options(options: ServeOptions) -> None:
+def _require_what_options_need(options: ServeOptions) -> None:
+    for folder in options.adapters_dir:
+        if not Path(folder).expanduser().is_dir():
+            raise UsageError(f"--adapters-dir {folder} is no folder; make it, or leave it out")
     if options.model is None and options.revision is not None:
         raise UsageError(f"--revision {options.revision} belongs to --model, which is not given")
     if options.model is None and not options.demo_model and options.kv_config is not None:

@@ -28,7 +28,9 @@ class ModelNames:
         for alias in aliases:
             name, _, model = alias.partition("=")
             target = model or self.models[0]
-            if not name or target not in self.models:
+            if not name:
+                raise UsageError(f"--alias {alias!r} has no name; write NAME, or NAME=MODEL")
+            if target not in self.models:
                 raise UsageError(f"--alias {alias}: no model {target!r}; there are {', '.join(self.models)}")
             self._aliases[name] = target
 

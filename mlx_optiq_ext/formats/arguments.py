@@ -28,6 +28,8 @@ __all__ = [
 _S = TypeVar("_S", bound=msgspec.Struct)
 _METAVARS = {
     **dict.fromkeys(("allocation", "calibration", "held_out", "kv_config", "out", "sensitivity"), "FILE"),
+    "adapter": "NAME=DIR",
+    "alias": "NAME=MODEL",
     "candidate_bits": "CHOICES",
     "fit": "SIZE",
     "kv_uniform": "CHOICES",

@@ -56,6 +56,10 @@ class Account:
         """Since the request arrived."""
         return time.monotonic() - self._begin
 
+    def leave(self) -> None:
+        """Note that the client has closed the connection."""
+        self.client_left = True
+
     def see(self, event: Event) -> None:
         """Note what an event tells."""
         if isinstance(event, Accepted):

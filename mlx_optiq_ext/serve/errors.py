@@ -6,6 +6,7 @@ handlers of all routes and by streams that fail in the middle.
 
 import logging
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -51,7 +52,7 @@ def problem_of(error: Exception) -> Failed:
         return Failed.of(error)
     if isinstance(error, HTTPException):
         message = _WORDS.get(error.status_code, error.detail)
-        return Failed(status=error.status_code, kind="HTTPException", message=message)
+        return Failed(status=error.status_code, kind=_kind(error.status_code), message=message)
     if isinstance(error, RecursionError):
         return Failed(status=400, kind="RequestError", message="the request is nested too deeply")
     _log.error("a request failed unexpectedly", exc_info=error)
@@ -60,6 +61,12 @@ def problem_of(error: Exception) -> Failed:
         kind="InternalError",
         message="an unexpected error, see the server's log; the server goes on",
     )
+
+
+def _kind(status: int) -> str:
+    """``NotFound`` for 404."""
+    known = status in HTTPStatus.__members__.values()
+    return "".join(HTTPStatus(status).phrase.title().split()) if known else "HTTPException"
 
 
 def noted_problem(request: Request[Any, Any, Any], error: Exception) -> Failed:

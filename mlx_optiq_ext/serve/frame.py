@@ -76,4 +76,4 @@ class Frame:
             await response.to_asgi_response(app=None, request=request)(scope, receive, send)
             return
         self._clients.note(scope)
-        await self._inner(scope, arrive_within(receive, self._timeout_s), send)
+        await self._inner(scope, arrive_within(receive, self._timeout_s, Account.of(scope).leave), send)

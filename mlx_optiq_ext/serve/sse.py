@@ -183,7 +183,7 @@ async def until_left(request: Request[Any, Any, Any], future: "Future[T]") -> T:
     try:
         return await _until_left(request.receive, result())
     except ClientLeft:
-        Account.of(request.scope).client_left = True
+        Account.of(request.scope).leave()
         raise
 
 
@@ -224,7 +224,7 @@ async def _unless_left(
     try:
         return await _until_left(receive, work)
     except ClientLeft:
-        account.client_left = True
+        account.leave()
         for event in await run.last_events(_LAST_EVENTS_S):
             account.see(event)
         return None

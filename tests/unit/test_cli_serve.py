@@ -111,6 +111,8 @@ def test_what_names_no_model_is_refused(tmp_path: Path) -> None:
         _find(model="a", demo_model=True)
     with pytest.raises(UsageError, match="--kv-config belongs to --model"):
         _find(models_dir=str(tmp_path), kv_config="x")
+    with pytest.raises(UsageError, match=r"--adapters-dir .*/none is no folder"):
+        _find(model="a", adapters_dir=(str(tmp_path / "none"),))
     with pytest.raises(UsageError, match="--revision main belongs to --model"):
         _find(models_dir=str(tmp_path), revision="main")
     with pytest.raises(ModelNotFound, match=r"no folder with a config\.json"):

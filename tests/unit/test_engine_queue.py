@@ -70,6 +70,8 @@ def test_strict_names_refuse_what_they_do_not_know() -> None:
 def test_an_alias_of_no_model_is_refused() -> None:
     with pytest.raises(UsageError, match="--alias a=b: no model 'b'"):
         ModelNames(["one"], ["a=b"])
+    with pytest.raises(UsageError, match="--alias '=one' has no name"):
+        ModelNames(["one"], ["=one"])
 
 
 def test_durations_are_counted_by_bound() -> None:

@@ -140,6 +140,18 @@ def test_a_client_that_leaves_while_its_tokens_are_counted_is_logged_once(
     assert "Traceback" not in caplog.text
 
 
+def test_a_client_that_leaves_while_it_asks_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with _running(FakeEngine()) as (_, port):
+        client = socket.create_connection(("127.0.0.1", port), timeout=10)
+        client.sendall(UNFINISHED)
+        time.sleep(0.1)
+        client.close()
+        _until(lambda: " 499 " in caplog.text)
+    assert len(_access_lines(caplog)) == 1
+    assert "Traceback" not in caplog.text
+
+
 CUT = {
     b"/v1/chat/completions": (b'data: {"error":{"message":"the server is stopping"', b""),
     b"/v1/completions": (b'data: {"error":{"message":"the server is stopping"', b""),

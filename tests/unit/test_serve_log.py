@@ -60,7 +60,10 @@ def test_a_refusal_is_one_line_with_its_reason(caplog: pytest.LogCaptureFixture)
         answered = client.get("/v1/models/a%0Ab")
         client.post("/v1/messages", json={"model": "m", "max_tokens": "many", **HELLO})
         client.get("/v1/models", headers={"host": "evil.example"})
-    one, two, three = _lines(caplog)
+        client.get("/nothing")
+    one, two, three, four = _lines(caplog)
+    assert " 404 total=" in four
+    assert "s NotFound: there is nothing at this path" in four
     assert one.startswith("GET /v1/models/a\\nb 404 total=")
     assert one.endswith(" UnknownName: no model 'a\\\\nb'; there are: org/tiny, org/tiny@terse, other")
     assert two.startswith("POST /v1/messages 400 total=")
@@ -70,7 +73,7 @@ def test_a_refusal_is_one_line_with_its_reason(caplog: pytest.LogCaptureFixture)
     assert " Forbidden: " in three
     assert answered.headers["x-request-id"] in caplog.text
     assert "private" not in caplog.text
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
 
 
 @pytest.mark.parametrize("stream", [True, False])
