@@ -20,9 +20,9 @@ __all__ = ["app_of", "client_of", "events_of", "live", "shown"]
 _PATIENCE_S = 20.0
 
 
-def app_of(engine: Engine) -> Litestar:
+def app_of(engine: Engine, options: ServeOptions | None = None) -> Litestar:
     """The application as ``optiq serve`` makes it, without a key."""
-    return create_app(engine, ServeOptions(), None)
+    return create_app(engine, options or ServeOptions(), None)
 
 
 def client_of(engine: Engine) -> TestClient[Litestar]:
@@ -31,10 +31,10 @@ def client_of(engine: Engine) -> TestClient[Litestar]:
 
 
 @contextmanager
-def live(engine: Engine) -> Iterator[str]:
+def live(engine: Engine, options: ServeOptions | None = None) -> Iterator[str]:
     """Serve on a free loopback port; the base URL without a path."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app_of(engine), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app_of(engine, options), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + _PATIENCE_S

@@ -36,7 +36,9 @@ def create_app(engine: Engine, options: ServeOptions, api_key: str | None) -> Li
     Raises:
         UsageError: ``max_body`` is no size, or an allowed host or origin is none.
     """
-    serving = Serving(engine=engine, images=ImageReader(fetch=options.image_urls))
+    serving = Serving(
+        engine=engine, images=ImageReader(fetch=options.image_urls), adapter_folders=options.adapters_dir
+    )
     app = Litestar(
         route_handlers=[openai, anthropic, responses, models, adapters, control],
         exception_handlers={Exception: answer_problem},

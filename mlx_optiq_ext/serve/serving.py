@@ -29,6 +29,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     engine: Engine
     images: ImageReader = ImageReader()
     clients: Clients = msgspec.field(default_factory=Clients)
+    adapter_folders: tuple[str, ...] = ()
+    """Of ``--adapters-dir``; listed here, mounted from by the engine."""
 
     def status(self) -> EngineStatus:
         """The engine's latest snapshot with the clients seen last."""

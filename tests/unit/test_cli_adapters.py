@@ -32,7 +32,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         factors = {PATH: Factors(mx.ones((128, 2 + k)), mx.ones((2 + k, 128)))}
         write_adapter(shelf / name, Adapter(AdapterConfig(ranks={PATH: 2 + k}, scale=1.0), factors))
     engine = engine_on(spec_of(tiny_folder(folder)), adapters_dir=(str(shelf),))
-    options, told = ServeOptions(port=0), threading.Event()
+    options, told = ServeOptions(port=0, adapters_dir=(str(shelf),)), threading.Event()
     where: list[str] = []
 
     def listening(found: tuple[str, ...]) -> None:
@@ -70,6 +70,7 @@ def test_adapters_are_listed_mounted_chosen_and_unmounted(
     assert "not said" in out
     listed = httpx.get(f"{url}/v1/adapters").json()
     assert [each["name"] for each in listed["data"]] == ["mine", "other"]
+    assert listed["available"] == ["one", "two"]
     models = [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]]
     assert models == ["tiny", "tiny@mine", "tiny@other"]
     assert _chat(url, "tiny@other").status_code == 200

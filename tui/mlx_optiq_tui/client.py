@@ -18,7 +18,7 @@ from mlx_optiq_ext.types.port import LogLine
 from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus
 from mlx_optiq_tui.chat_stream import ChatDelta, ServerEvent, chat_deltas, server_events
 
-__all__ = ["DEFAULT_URL", "Lost", "ServerClient"]
+__all__ = ["DEFAULT_URL", "Adapters", "Lost", "ServerClient"]
 
 T = TypeVar("T")
 
@@ -40,8 +40,12 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True):
     """Until it is asked again."""
 
 
-class _Adapters(msgspec.Struct, frozen=True):
+class Adapters(msgspec.Struct, frozen=True):
+    """What requests can name, and what could be mounted besides."""
+
     data: tuple[AdapterStatus, ...] = ()
+    available: tuple[str, ...] = ()
+    """Folders below the server's ``--adapters-dir``; mounted ones too."""
 
 
 class ServerClient:
@@ -109,9 +113,9 @@ class ServerClient:
         """The latest snapshot."""
         return await self.ask("GET", "/optiq/status", kind=EngineStatus)
 
-    async def adapters(self) -> tuple[AdapterStatus, ...]:
-        """What is mounted."""
-        return (await self.ask("GET", "/v1/adapters", kind=_Adapters)).data
+    async def adapters(self) -> Adapters:
+        """What is mounted, and what could be."""
+        return await self.ask("GET", "/v1/adapters", kind=Adapters)
 
     async def mount(self, name: str, source: str, model: str = "") -> AdapterStatus:
         """Mount an adapter: a folder below the server's ``--adapters-dir``, or a Hub id."""
@@ -126,7 +130,7 @@ class ServerClient:
     async def use(self, name: str | None, model: str = "") -> tuple[AdapterStatus, ...]:
         """Choose the adapter of requests that name none; None: the model itself."""
         body = {"name": name, "model": model}
-        return (await self.ask("POST", "/v1/adapters/use", body, kind=_Adapters)).data
+        return (await self.ask("POST", "/v1/adapters/use", body, kind=Adapters)).data
 
     async def follow_status(self) -> AsyncGenerator[EngineStatus | Lost, None]:
         """Snapshots as the server tells them, for ever; when it is lost, that, and again when it is back."""
@@ -177,14 +181,15 @@ class ServerClient:
                 yield delta
 
     async def _events(self, method: str, path: str, body: object = None) -> AsyncGenerator[ServerEvent, None]:
-        timeout = httpx.Timeout(_SILENCE_S, connect=_CONNECT_S)
+        # An answer begins when the server has taken the request, which may wait for others.
+        silence_s = _SILENCE_S if body is None else _WORK_S
         try:
             async with self._http.stream(
                 method,
                 path,
                 content=None if body is None else msgspec.json.encode(body),
                 headers={} if body is None else {"content-type": "application/json"},
-                timeout=timeout,
+                timeout=httpx.Timeout(silence_s, connect=_CONNECT_S),
             ) as answer:
                 if answer.is_error:
                     await answer.aread()

@@ -53,7 +53,7 @@ class LabScreen(Screen[None]):
         """The bar, the body, the keys."""
         yield TopBar()
         yield from self.compose_body()
-        yield Footer(show_command_palette=True)
+        yield Footer(compact=True)
 
     def compose_body(self) -> ComposeResult:
         """The screen's own widgets."""

@@ -1,5 +1,8 @@
 """The paths that mount adapters and take them off while the server runs."""
 
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,17 +11,21 @@ from litestar.params import FromPath
 
 from mlx_optiq_ext.serve.body import decode_body
 from mlx_optiq_ext.serve.openai.routes import answer_problem
-from mlx_optiq_ext.serve.serving import serving_of
+from mlx_optiq_ext.serve.serving import Serving, serving_of
 from mlx_optiq_ext.serve.sse import until_left
 from mlx_optiq_ext.types.status import AdapterStatus
 
 __all__ = ["router"]
 
+_EVERY_FORM = "*/adapter_config.json"
+
 
 class AdapterList(msgspec.Struct, frozen=True, kw_only=True):
-    """What is mounted."""
+    """What is mounted, and what could be."""
 
     data: tuple[AdapterStatus, ...]
+    available: tuple[str, ...]
+    """Sources below ``--adapters-dir``; mounted ones too, and any Hub id besides."""
     object: str = "list"
 
 
@@ -48,7 +55,7 @@ class Unmounted(msgspec.Struct, frozen=True, kw_only=True):
 @get("/v1/adapters")
 async def list_adapters(request: Request[Any, Any, Any]) -> AdapterList:
     """List what requests can name."""
-    return AdapterList(data=serving_of(request).engine.status().adapters)
+    return await _listed(serving_of(request))
 
 
 @post("/v1/adapters", status_code=201)
@@ -70,9 +77,9 @@ async def unmount_adapter(request: Request[Any, Any, Any], name: FromPath[str]) 
 async def use_adapter(request: Request[Any, Any, Any]) -> AdapterList:
     """Choose the adapter of requests that name none."""
     body = await decode_body(request, Choosing)
-    engine = serving_of(request).engine
-    await until_left(request, engine.use(body.name, body.model))
-    return AdapterList(data=engine.status().adapters)
+    serving = serving_of(request)
+    await until_left(request, serving.engine.use(body.name, body.model))
+    return await _listed(serving)
 
 
 router = Router(
@@ -80,3 +87,14 @@ router = Router(
     route_handlers=[list_adapters, mount_adapter, use_adapter, unmount_adapter],
     exception_handlers={Exception: answer_problem},
 )
+
+
+async def _listed(serving: Serving) -> AdapterList:
+    available = await asyncio.to_thread(_sources, serving.adapter_folders)
+    return AdapterList(data=serving.engine.status().adapters, available=available)
+
+
+def _sources(folders: Iterable[str]) -> tuple[str, ...]:
+    """Names of the adapter folders in these folders, whatever form the adapters have."""
+    found = (path.parent.name for folder in folders for path in Path(folder).expanduser().glob(_EVERY_FORM))
+    return tuple(sorted(set(found)))

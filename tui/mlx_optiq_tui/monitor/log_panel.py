@@ -31,21 +31,33 @@ class LogPanel(Vertical):
     def compose(self) -> ComposeResult:
         """Filter and lines."""
         yield Input(placeholder="filter: words that a line must have; error, warning, …", id="filter")
-        yield RichLog(max_lines=_KEPT, wrap=True, auto_scroll=True)
+        yield RichLog(max_lines=_KEPT, wrap=True)
 
     def add(self, line: LogLine) -> None:
         """Take a new line."""
         self._lines.append(line)
         if matches(line, self.query_one(Input).value):
-            self.query_one(RichLog).write(_drawn(line))
+            self._write(line)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         """Show what matches."""
         event.stop()
-        log = self.query_one(RichLog).clear()
+        self._refill()
+
+    def on_resize(self) -> None:
+        """Break lines anew."""
+        self.call_after_refresh(self._refill)
+
+    def _refill(self) -> None:
+        words = self.query_one(Input).value
+        self.query_one(RichLog).clear()
         for line in self._lines:
-            if matches(line, event.value):
-                log.write(_drawn(line))
+            if matches(line, words):
+                self._write(line)
+
+    def _write(self, line: LogLine) -> None:
+        log = self.query_one(RichLog)
+        log.write(_drawn(line), width=max(log.scrollable_content_region.width, 20))
 
 
 def matches(line: LogLine, words: str) -> bool:

@@ -121,14 +121,15 @@ def row_cells(row: RowStatus, history: History) -> tuple[str, ...]:
     done = f"{row.prefilled_tokens}/{row.prompt_tokens}" if row.state == "prefill" else f"{row.prompt_tokens}"
     return (
         row.state,
-        row.model + (f"@{row.adapter}" if row.adapter else ""),
-        done,
-        f"{row.cached_tokens}",
-        f"{row.completion_tokens}",
         f"{row.tokens_per_s:.1f}",
         sparkline(series, _SPARK),
         "–" if row.first_token_s is None else f"{row.first_token_s:.2f} s",
+        done,
+        f"{row.cached_tokens}",
+        f"{row.completion_tokens}",
         f"{row.age_s:.0f} s",
+        row.adapter or "",
+        row.model,
         row.session,
     )
 

@@ -26,7 +26,19 @@ from mlx_optiq_tui.monitor.pictures import (
 
 __all__ = ["MonitorScreen"]
 
-_COLUMNS = ("state", "model", "prompt", "cached", "out", "tok/s", "lately", "first", "age", "session")
+_COLUMNS = (
+    "state",
+    "tok/s",
+    "lately",
+    "first",
+    "prompt",
+    "cached",
+    "out",
+    "age",
+    "adapter",
+    "model",
+    "session",
+)
 
 
 class MonitorScreen(LabScreen):
@@ -42,6 +54,7 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
 
     CSS = """
     MonitorScreen #head { height: auto; padding: 0 1; }
+    MonitorScreen Static { text-wrap: nowrap; text-overflow: ellipsis; }
     MonitorScreen #speed, MonitorScreen #memory, MonitorScreen #totals { height: auto; }
     MonitorScreen #panels { height: 1fr; }
     MonitorScreen #panels > * { border: round $panel; border-title-color: $text-muted; height: 1fr; }

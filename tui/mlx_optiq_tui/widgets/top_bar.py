@@ -71,15 +71,14 @@ def state_line(connection: Connection, status: EngineStatus | None, url: str, jo
     style = {"connected": "green", "lost": "bold red"}.get(connection.state, "")
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(f" {_SIGNS[connection.state]} ", style)
-    if connection.state != "connected" or status is None:
-        text.append(connection.words(url), style)
-    else:
-        loaded = [model.id for model in status.models if model.loaded]
-        running = sum(row.state != "queued" for row in status.rows)
-        text.append(f"{status.state}  ")
-        text.append(", ".join(loaded) or "no model loaded", "bold")
-        text.append(f"  {format_nbytes(status.memory_nbytes)} of {format_nbytes(status.memory_limit_nbytes)}")
-        text.append(f"  {running} running, {len(status.rows) - running} waiting")
+    shown = status if connection.state == "connected" else None
+    text.append(f"{shown.state if shown else connection.words(url)}  ", "" if shown else style)
     if jobs:
-        text.append(f"  ⚙ {jobs[0]}" + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""))
+        text.append(f"⚙ {jobs[0]}" + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else "") + "  ", "bold")
+    if shown:
+        loaded = [model.id for model in shown.models if model.loaded]
+        running = sum(row.state != "queued" for row in shown.rows)
+        text.append(", ".join(loaded) or "no model loaded", "bold")
+        text.append(f"  {format_nbytes(shown.memory_nbytes)} of {format_nbytes(shown.memory_limit_nbytes)}")
+        text.append(f"  {running} running, {len(shown.rows) - running} waiting")
     return text

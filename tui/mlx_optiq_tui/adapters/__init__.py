@@ -1,0 +1,1 @@
+"""The screen that mounts adapters and compares what they say."""

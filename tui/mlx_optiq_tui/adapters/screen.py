@@ -1,0 +1,236 @@
+"""The adapters of a server: what is mounted, what can be, their ranks, and their answers side by side."""
+
+from collections.abc import Awaitable
+from typing import ClassVar
+
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.containers import VerticalScroll
+from textual.message import Message
+from textual.widgets import DataTable, Static, TabbedContent, TabPane
+
+from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.types.nbytes import format_nbytes
+from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus
+from mlx_optiq_tui.adapters.compare import ComparePanel
+from mlx_optiq_tui.adapters.mount_form import MountForm, Mounting
+from mlx_optiq_tui.lab_screen import LabScreen
+from mlx_optiq_tui.question import Question
+from mlx_optiq_tui.widgets.rank_map import rank_map
+
+__all__ = ["AdaptersScreen"]
+
+_COLUMNS = ("", "adapter", "model", "source", "rank", "memory", "base", "requests")
+_FITS = {True: "✓ same", False: "✕ other", None: "? not said"}
+_NOTHING = (
+    "No adapter is mounted. m mounts one: a folder below the server's --adapters-dir, or a Hub id.\n"
+    "optiq lora train, or the Fine-tune screen, makes one."
+)
+
+
+class AdaptersScreen(LabScreen):
+    """A table, the ranks of the chosen adapter, and a tab that compares two of them."""
+
+    HELP_TEXT = """# Adapters
+
+`●` answers requests that name none; `○` is mounted; `·` can be mounted. `base` says whether the adapter was
+trained on these very weights. The map shows its rank by module and block.
+
+Mounting and unmounting disturb no answer that is running."""
+
+    CSS = """
+    AdaptersScreen #table { height: auto; max-height: 50%; }
+    AdaptersScreen #ranks { height: 1fr; padding: 1 1 0 1; }
+    AdaptersScreen TabbedContent, AdaptersScreen ComparePanel { height: 1fr; }
+    AdaptersScreen TabPane { padding: 0; height: 1fr; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        ("m", "mount", "Mount"),
+        ("u", "unmount", "Unmount"),
+        ("d", "use", "Default"),
+        ("b", "use_base", "Base"),
+        ("c", "compare", "Compare"),
+        ("t", "table", "Table"),
+    ]
+
+    class Listed(Message):
+        """What could be mounted besides."""
+
+        def __init__(self, available: tuple[str, ...]) -> None:
+            super().__init__()
+            self.available = available
+
+    class Done(Message):
+        """A switch was turned, or could not be."""
+
+        def __init__(self, words: str, *, failed: bool = False) -> None:
+            super().__init__()
+            self.words, self.failed = words, failed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mounted: tuple[AdapterStatus, ...] = ()
+        self._available: tuple[str, ...] = ()
+
+    def compose_body(self) -> ComposeResult:
+        """Two tabs."""
+        with TabbedContent(initial="list"):
+            with TabPane("Adapters", id="list"):
+                yield DataTable[str](id="table", cursor_type="row", classes="live")
+                with VerticalScroll(id="ranks", classes="live"):
+                    yield Static(_NOTHING, id="map", markup=False)
+            with TabPane("Compare", id="compare"):
+                yield ComparePanel(id="answers")
+
+    def on_mount(self) -> None:
+        """Begin with the table."""
+        self.query_one("#table", DataTable).add_columns(*_COLUMNS)
+        super().on_mount()
+        self.action_table()
+
+    def on_screen_resume(self) -> None:
+        """Folders may have come meanwhile."""
+        self._list_available()
+
+    @work(exclusive=True, group="list")
+    async def _list_available(self) -> None:
+        try:
+            self.post_message(self.Listed((await self.lab.client.adapters()).available))
+        except OptiqError:
+            # The bar says that the server is lost; it is asked again when it is back.
+            return
+
+    def on_adapters_screen_listed(self, message: Listed) -> None:
+        """Show what can be mounted."""
+        self._available = message.available
+        self._draw()
+
+    def status_changed(self, status: EngineStatus | None) -> None:
+        """Draw where something was mounted, taken away or asked."""
+        if status is None:
+            return
+        self.query_one(ComparePanel).show_status(status)
+        if status.adapters != self._mounted:
+            self._mounted = status.adapters
+            self._draw()
+
+    def _draw(self) -> None:
+        table = self.query_one("#table", DataTable)
+        row = table.cursor_row
+        table.clear()
+        for each in self._mounted:
+            table.add_row(*_cells(each), key=f"mounted {each.model} {each.name}")
+        mounted = {each.source for each in self._mounted}
+        for source in self._available:
+            if source not in mounted:
+                table.add_row("·", "", "", source, "", "", "", "", key=f"available {source}")
+        table.move_cursor(row=min(row, max(table.row_count - 1, 0)))
+        self._draw_ranks()
+
+    def on_data_table_row_highlighted(self) -> None:
+        """Show the ranks of that adapter."""
+        self._draw_ranks()
+
+    def on_resize(self) -> None:
+        """Draw for the new width."""
+        self.call_after_refresh(self._draw_ranks)
+
+    def _draw_ranks(self) -> None:
+        picture = self.query_one("#map", Static)
+        width = picture.content_size.width or 76
+        chosen = self._chosen()
+        if isinstance(chosen, AdapterStatus):
+            picture.update(rank_map(chosen.ranks, width))
+        else:
+            picture.update(f"{chosen} can be mounted: m" if chosen else _NOTHING)
+
+    def _chosen(self) -> AdapterStatus | str | None:
+        """The adapter under the cursor, or the source of one that is not mounted."""
+        row = self.query_one("#table", DataTable).cursor_row
+        if row < len(self._mounted):
+            return self._mounted[row]
+        mounted = {each.source for each in self._mounted}
+        left = [source for source in self._available if source not in mounted]
+        index = row - len(self._mounted)
+        return left[index] if 0 <= index < len(left) else None
+
+    def action_mount(self) -> None:
+        """Ask what to mount; the folder under the cursor is offered."""
+        chosen = self._chosen()
+        status = self.lab.status
+        models = [model.id for model in status.models if model.loaded] if status else []
+        source = chosen if isinstance(chosen, str) else ""
+        self.app.push_screen(MountForm(self._available, models, source), self._mount_it)
+
+    def _mount_it(self, asked: Mounting | None) -> None:
+        if asked is not None:
+            self.notify(f"mounting {asked.source}")
+            mounted = self.lab.client.mount(asked.name, asked.source, asked.model)
+            self._switch(mounted, f"{asked.name} is mounted")
+
+    def action_unmount(self) -> None:
+        """Ask, then take the adapter under the cursor away."""
+        chosen = self._chosen()
+        if not isinstance(chosen, AdapterStatus):
+            return
+
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                gone = self.lab.client.unmount(chosen.name, chosen.model)
+                self._switch(gone, f"{chosen.name} is unmounted")
+
+        question = (
+            f"Unmount {chosen.name}? Answers that use it go on to their end; new requests cannot name it."
+        )
+        self.app.push_screen(Question(question, yes="Unmount"), answered)
+
+    def action_use(self) -> None:
+        """Let the adapter under the cursor answer where a request names none."""
+        chosen = self._chosen()
+        if isinstance(chosen, AdapterStatus):
+            used = self.lab.client.use(chosen.name, chosen.model)
+            self._switch(used, f"{chosen.name} answers where a request names no adapter")
+
+    def action_use_base(self) -> None:
+        """Let the model itself answer where a request names none."""
+        chosen = self._chosen()
+        model = chosen.model if isinstance(chosen, AdapterStatus) else ""
+        self._switch(self.lab.client.use(None, model), "requests that name no adapter get the model itself")
+
+    @work(group="switch")
+    async def _switch(self, switching: Awaitable[object], done: str) -> None:
+        try:
+            await switching
+        except OptiqError as error:
+            self.post_message(self.Done(str(error), failed=True))
+        else:
+            self.post_message(self.Done(done))
+
+    def on_adapters_screen_done(self, message: Done) -> None:
+        """Say so, and look what can be mounted now."""
+        self.notify(message.words, severity="error" if message.failed else "information")
+        self._list_available()
+
+    def action_compare(self) -> None:
+        """Write one prompt for two adapters."""
+        self.query_one(TabbedContent).active = "compare"
+        self.query_one("#prompt").focus()
+
+    def action_table(self) -> None:
+        """Go back to the table."""
+        self.query_one(TabbedContent).active = "list"
+        self.query_one("#table").focus()
+
+
+def _cells(adapter: AdapterStatus) -> tuple[str, ...]:
+    return (
+        "●" if adapter.is_default else "○",
+        adapter.name,
+        adapter.model,
+        adapter.source,
+        str(adapter.rank),
+        format_nbytes(adapter.nbytes),
+        _FITS[adapter.fits_base],
+        str(adapter.requests),
+    )
