@@ -1,0 +1,104 @@
+"""Pictures that people attach: from a path, from pasted text that is one, from the clipboard.
+
+Knows no conversation. What the server takes is passed on as it is, other formats become PNG. Blocks on
+the disk and decodes: call it on a worker thread.
+"""
+
+import io
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from PIL import Image, ImageGrab
+
+from mlx_optiq_ext.errors import UsageError
+
+__all__ = ["Picture", "clipboard_picture", "pasted_path", "read_picture"]
+
+_TAKEN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
+_MAX_NBYTES = 20 << 20
+_SUFFIX = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?)$", re.IGNORECASE)
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture that can be sent."""
+
+    data: bytes
+    media_type: str
+    width: int
+    height: int
+    label: str
+
+
+def read_picture(path: Path) -> Picture:
+    """Read a file.
+
+    Raises:
+        UsageError: Not there, too large, or no picture.
+    """
+    path = path.expanduser()
+    try:
+        if path.stat().st_size > _MAX_NBYTES:
+            raise UsageError(f"{path} is larger than {_MAX_NBYTES >> 20} MiB; make it smaller")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    return _picture(data, path.name, str(path))
+
+
+def clipboard_picture() -> Picture:
+    """What the clipboard holds.
+
+    Raises:
+        UsageError: No picture, or this system's clipboard cannot be read.
+    """
+    try:
+        held = ImageGrab.grabclipboard()
+    except (NotImplementedError, OSError, ChildProcessError) as error:
+        raise UsageError(f"the clipboard cannot be read ({error}); give the path of a file") from error
+    if isinstance(held, list) and held:
+        return read_picture(Path(held[0]))
+    if not isinstance(held, Image.Image):
+        raise UsageError("the clipboard holds no picture; give the path of a file")
+    return _picture(_png(held), "clipboard", "the clipboard")
+
+
+def pasted_path(text: str) -> Path | None:
+    """The picture that a pasted text names: a path, quoted or escaped as terminals drop it, or a file URL."""
+    text = text.strip()
+    if "\n" in text or not text:
+        return None
+    if text.startswith("file://"):
+        named = unquote(urlsplit(text).path)
+    else:
+        try:
+            words = shlex.split(text)
+        except ValueError:
+            return None
+        named = words[0] if len(words) == 1 else text
+    path = Path(named).expanduser()
+    try:
+        return path if path.is_absolute() and _SUFFIX.search(path.name) and path.is_file() else None
+    except OSError:  # too long for a name
+        return None
+
+
+def _picture(data: bytes, label: str, where: str) -> Picture:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            kind = str(image.format)
+            if kind not in _TAKEN:
+                data, kind = _png(image), "PNG"
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{where} is no picture that can be read ({error})") from error
+    return Picture(data=data, media_type=_TAKEN[kind], width=width, height=height, label=label)
+
+
+def _png(image: Image.Image) -> bytes:
+    written = io.BytesIO()
+    (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGBA")).save(written, "PNG")
+    return written.getvalue()
