@@ -1,0 +1,63 @@
+"""The commands of the quantize screen: what is started for what was chosen, and where it writes.
+
+Knows command lines and files, no process. Called by the quantize screen.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+__all__ = ["Places", "convert_words", "measure_words", "places_of", "report_words", "score_words"]
+
+
+class Places(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the work on one model goes."""
+
+    table: str
+    """Sensitivity file."""
+    out: str
+    """Converted folder."""
+
+    @property
+    def report(self) -> str:
+        """The HTML report beside the converted folder."""
+        return f"{self.out.rstrip('/')}.html"
+
+
+def places_of(name: str, folder: Path, bpw: float) -> Places:
+    """Names in a folder, from the model's name and the budget.
+
+    Args:
+        name: Short name of the model.
+        folder: To work in.
+        bpw: Budget in stored bits per weight.
+    """
+    return Places(
+        table=str(folder / f"{name}.sensitivity.json"), out=str(folder / f"{name}-optiq-{bpw:g}bpw")
+    )
+
+
+def measure_words(model: str, table: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """``optiq measure``; a stopped one goes on.
+
+    Args:
+        model: Folder or Hub id.
+        table: File to write.
+        options: Flags, from a form.
+    """
+    return ("measure", model, "-o", table, *options)
+
+
+def convert_words(model: str, table: str, out: str, bpw: float) -> tuple[str, ...]:
+    """``optiq convert`` with what was measured, at the budget of the slider."""
+    return ("convert", model, "-o", out, "--sensitivity", table, "--target-bpw", f"{bpw:g}")
+
+
+def score_words(model: str, out: str, uniform: str) -> tuple[str, ...]:
+    """``optiq score`` of the result, against uniform choices too."""
+    return ("score", model, out, *(("--uniform", uniform) if uniform else ()))
+
+
+def report_words(out: str, file: str) -> tuple[str, ...]:
+    """``optiq report`` as one HTML file, which replaces an older one."""
+    return ("report", out, "--format", "html", "--out", file)
