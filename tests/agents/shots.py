@@ -26,8 +26,7 @@ class Shot(NamedTuple):
     """The same with a prompt that fits a context of 8,192 tokens; None: there is no such way."""
     why_not: str = ""
     stop_code: int = 130
-    """Exit code after Ctrl-C."""
-    ends_on_interrupt: bool = True
+    """Exit code after Ctrl-C, as the client has it."""
 
 
 def _claude(question: str, tools: str = "default") -> tuple[str, ...]:
@@ -51,8 +50,10 @@ def _openclaw(question: str) -> tuple[str, ...]:
 
 
 SHOTS = {
-    "claude-code": Shot(_claude, "Bash", {"command": _COMMAND}, lambda question: _claude(question, "Bash")),
-    "codex": Shot(_codex, "exec_command", {"cmd": _COMMAND}, _codex),
+    "claude-code": Shot(
+        _claude, "Bash", {"command": _COMMAND}, lambda question: _claude(question, "Bash"), stop_code=0
+    ),
+    "codex": Shot(_codex, "exec_command", {"cmd": _COMMAND}, _codex, stop_code=1),
     "opencode": Shot(_opencode, "bash", {"command": _COMMAND, "description": "Print"}, _opencode),
     "hermes": Shot(_hermes, "terminal", {"command": _COMMAND}, None, "it refuses less than 64,000 tokens"),
     "openclaw": Shot(_openclaw, "exec", {"command": _COMMAND}, None, "its leanest prompt has 9,000 tokens"),

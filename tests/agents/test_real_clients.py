@@ -103,9 +103,8 @@ def test_ctrl_c_takes_the_row_along(client: Client, served: Live, home: Path) ->
         os.killpg(process.pid, signal.SIGINT)
         served.wait_for(lambda status: not status["rows"], 5.0)
         assert served.status()["requests_finished"]["cancelled"] == cancelled + 1
-        if shot.ends_on_interrupt:
-            code, out, err = _end(process, 30.0)
-            assert code == shot.stop_code, (out, err)
+        code, out, err = _end(process, 30.0)
+        assert code == shot.stop_code, (out, err)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
