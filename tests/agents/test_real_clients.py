@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from agents.install import CLIENTS, Client
 from agents.shots import COUNT, SHOTS, TOOL_ANSWER, USE_TOOL
 from agents.watch import Live
