@@ -113,7 +113,7 @@ class Job:
         return RowStatus(
             id=self.name,
             model=self.model,
-            adapter=self.request.adapter,
+            adapter=(self.adapter.name or None) if self.adapter is not None else None,
             state=self.state,
             session=self.request.session,
             prompt_tokens=len(self.prompt),

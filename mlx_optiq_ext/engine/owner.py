@@ -191,8 +191,8 @@ class Owner:
 
     def _start(self, batch: Batch, job: Job) -> None:
         self.counters.requests += 1
-        if job.request.adapter:
-            self.counters.adapters[job.request.adapter] += 1
+        if job.adapter is not None and job.adapter.name:
+            self.counters.adapters[job.adapter.name] += 1
         try:
             batch.start(job)
         except Exception as error:  # noqa: BLE001  this job's error, logged and told

@@ -21,6 +21,7 @@ _STEP = re.compile(r"\[[^\]]*\]|[^.\[\]]+")
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _VALUE = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
 _EXPECTED = re.compile(r"Expected `([^`]*)`([^`]*)(?:, got `([^`]*)`)?")
+_MAX_VALUE = 80
 _ZERO = re.compile(r"\.0$")
 _NOUNS = {
     "str": "a string",
@@ -50,7 +51,7 @@ def field_error(error: msgspec.ValidationError, data: bytes | str, kind: Any) ->
     if missing := _MISSING.fullmatch(said):
         return RequestError("is missing", param=f"{path}.{missing[1]}".lstrip("."))
     if value := _VALUE.fullmatch(said):
-        said = f"{value[1]} is not {_listed([*_choices(data, kind, path)])}"
+        said = f"{value[1][:_MAX_VALUE]} is not {_listed([*_choices(data, kind, path)])}"
     elif expected := _EXPECTED.fullmatch(said):
         nouns = _listed([_noun(name) for name in expected[1].split(" | ")])
         said = f"expected {nouns}{_ZERO.sub('', expected[2].rstrip(','))}"

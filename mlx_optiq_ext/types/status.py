@@ -68,6 +68,7 @@ class RowStatus(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str
     adapter: str | None
+    """That answers, also where it is the default one; None: the base, or not known yet."""
     state: Literal["queued", "prefill", "decode"]
     session: str
     prompt_tokens: int

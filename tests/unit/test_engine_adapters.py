@@ -149,7 +149,9 @@ def test_a_default_answers_where_none_is_named(engine: LocalEngine) -> None:
     base, adapted = (text_of(ask(engine, greedy(PROMPT, 12, adapter=name))) for name in ("base", "b"))
     engine.use("b").result(10)
     assert [each.name for each in engine.status().adapters if each.is_default] == ["b"]
+    counted = engine.status().adapter_requests["b"]
     assert text_of(ask(engine, greedy(PROMPT, 12))) == adapted
+    assert engine.status().adapter_requests["b"] == counted + 1
     assert text_of(ask(engine, greedy(PROMPT, 12, adapter="base"))) == base
     engine.use(None).result(10)
     assert text_of(ask(engine, greedy(PROMPT, 12))) == base

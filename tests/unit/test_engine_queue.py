@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from mlx_optiq_ext.engine.adapters import Mounted
 from mlx_optiq_ext.engine.counters import Histogram
 from mlx_optiq_ext.engine.fair_queue import FairQueue
 from mlx_optiq_ext.engine.job import Job
@@ -113,3 +114,12 @@ def test_a_row_tells_how_long_its_first_token_took() -> None:
     assert row.first_token_s is not None
     assert 2.0 <= row.first_token_s <= row.age_s < 60.0
     assert len(told) == 3
+
+
+def test_a_row_names_the_adapter_that_answers() -> None:
+    job = Job("job1", Generation(), lambda event: None, "tiny")
+    assert job.row().adapter is None
+    job.adapter = Mounted("sql", 1, "", {})
+    assert job.row().adapter == "sql"
+    job.adapter = Mounted("", 0, "", {})
+    assert job.row().adapter is None
