@@ -13,6 +13,8 @@ __all__ = [
     "METRICS_FILE",
     "Metric",
     "PartSize",
+    "RenderedSample",
+    "TextPiece",
     "TrainOptions",
     "TrainPreview",
     "TrainRecord",
@@ -164,6 +166,21 @@ class PartSize(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of the longest example."""
 
 
+class TextPiece(msgspec.Struct, frozen=True, kw_only=True):
+    """Text of consecutive tokens."""
+
+    text: str
+    is_learnt: bool
+
+
+class RenderedSample(msgspec.Struct, frozen=True, kw_only=True):
+    """An example as the model reads it: through its chat template, after cutting."""
+
+    where: str
+    """File and line."""
+    pieces: tuple[TextPiece, ...]
+
+
 class TrainPreview(msgspec.Struct, frozen=True, kw_only=True):
     """What a training would do."""
 
@@ -176,3 +193,5 @@ class TrainPreview(msgspec.Struct, frozen=True, kw_only=True):
     """Of a stopped training that would go on."""
     num_parameters: int
     """Of the adapter."""
+    samples: tuple[RenderedSample, ...] = ()
+    """The first training examples; of dpo the chosen answer, then the rejected one."""

@@ -299,6 +299,12 @@ def test_dry_run_checks_counts_and_writes_nothing(base, chats, tmp_path, capsys)
     found = json.loads(printed.out)
     preview = found["preview"]
     assert (preview["train"]["examples"], preview["valid"]["examples"]) == (12, 4)
+    shown = preview["samples"][0]["pieces"]
+    assert len(preview["samples"]) == 3
+    assert [piece["is_learnt"] for piece in shown] == [False, True, False]
+    assert shown[0]["text"].startswith("<user>")
+    assert shown[0]["text"].endswith("<assistant>")
+    assert shown[1]["text"].endswith("</s>")
     assert preview["test"] == {"examples": 0, "tokens": 0, "learnt_tokens": 0, "longest": 0}
     assert (preview["updates_per_epoch"], preview["updates"], preview["done_updates"]) == (2, 6, 0)
     job = _job(base, chats, tmp_path / "other", replace(QUICK, steps=3, epochs=1))
