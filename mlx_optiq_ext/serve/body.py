@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _OFF_LOOP_NBYTES = 256 << 10
 """Longer bodies are decoded on another thread, so that streams go on meanwhile."""
+_MOST_WHOLE = 16
+"""More fields than any request has; each costs a conversion of the whole body."""
 _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 _JSON = re.compile(r"application/([\w.-]+\+)?json")
 
@@ -67,13 +69,14 @@ def decode_json(data: bytes | str, kind: type[T]) -> T:
 
 
 def _with_whole_numbers(tree: Any, kind: type[T]) -> T:
-    """Convert; numbers without a fraction, where an integer is expected, become integers."""
-    while True:
+    """Convert; numbers without a fraction, where an integer is expected, become integers, if they are few."""
+    for _ in range(_MOST_WHOLE):
         try:
             return msgspec.convert(tree, kind)
         except msgspec.ValidationError as error:
             if not _make_whole(tree, path_of(error)):
                 raise
+    return msgspec.convert(tree, kind)
 
 
 def _make_whole(tree: Any, path: str) -> bool:

@@ -51,7 +51,8 @@ def field_error(error: msgspec.ValidationError, data: bytes | str, kind: Any) ->
     if missing := _MISSING.fullmatch(said):
         return RequestError("is missing", param=f"{path}.{missing[1]}".lstrip("."))
     if value := _VALUE.fullmatch(said):
-        said = f"{value[1][:_MAX_VALUE]} is not {_listed([*_choices(data, kind, path)])}"
+        choices = [*_choices(data, kind, path)]
+        said = f"{value[1][:_MAX_VALUE]} is not {_listed(choices) or 'a value that this field takes'}"
     elif expected := _EXPECTED.fullmatch(said):
         nouns = _listed([_noun(name) for name in expected[1].split(" | ")])
         said = f"expected {nouns}{_ZERO.sub('', expected[2].rstrip(','))}"
@@ -65,7 +66,7 @@ def _noun(name: str) -> str:
 
 
 def _found(name: str, expected: str) -> str:
-    return "a number with a fraction" if name == "float" and "int" in expected else _noun(name)
+    return "a decimal number" if name == "float" and "int" in expected else _noun(name)
 
 
 def _listed(words: list[str]) -> str:

@@ -1,6 +1,7 @@
 """What a user reads who wrote a field wrong: its path, what was found, what would work."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def _content(block: Any) -> dict[str, Any]:
         (
             "/v1/chat/completions",
             {"max_tokens": 5.5},
-            "max_tokens: expected an integer or null, got a number with a fraction",
+            "max_tokens: expected an integer or null, got a decimal number",
         ),
         ("/v1/chat/completions", {"max_tokens": 0}, "max_tokens: expected an integer >= 1"),
         ("/v1/chat/completions", {"temperature": 3}, "temperature: expected a number <= 2"),
@@ -116,6 +117,15 @@ def test_a_number_without_a_fraction_is_an_integer(path: str, fields: dict[str, 
     assert answered.status_code == 200
     assert engine.requests[0].max_tokens == 5
     assert isinstance(engine.requests[0].max_tokens, int)
+
+
+def test_many_numbers_that_are_no_integers_are_refused_at_once() -> None:
+    began = time.monotonic()
+    with client_of(FakeEngine()) as client:
+        answered = client.post("/v1/completions", json={"prompt": [1.0] * 50_000})
+    assert answered.status_code == 400
+    assert answered.json()["error"]["param"].startswith("prompt[")
+    assert time.monotonic() - began < 10
 
 
 def test_a_bound_holds_for_a_number_without_a_fraction_too() -> None:
