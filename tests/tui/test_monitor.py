@@ -14,7 +14,7 @@ from textual.widgets import DataTable
 from mlx_optiq_ext.types.port import LogLine
 from mlx_optiq_ext.types.status import EngineStatus, LayerBytes, RowStatus
 from mlx_optiq_tui.app import LabApp
-from mlx_optiq_tui.monitor.history import History
+from mlx_optiq_tui.history import History
 from mlx_optiq_tui.monitor.log_panel import matches
 from mlx_optiq_tui.monitor.pictures import kv_picture, memory_picture, totals_picture
 from mlx_optiq_tui.widgets.marks import Part, columns, share_bar, sparkline

@@ -20,6 +20,7 @@ from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.client import Lost, ServerClient
 from mlx_optiq_tui.connection import Connection
 from mlx_optiq_tui.help_screen import HelpScreen, key_list, shown_bindings
+from mlx_optiq_tui.history import History
 from mlx_optiq_tui.jobs import Job, Jobs
 from mlx_optiq_tui.lab_screen import LabScreen
 from mlx_optiq_tui.question import Question
@@ -66,6 +67,7 @@ class LabApp(App[None]):
         self.jobs = Jobs(self._job_changed)
         self.job_signal: Signal[Job] = Signal(self, "job")
         self.entries = installed_screens()
+        self.history = History()
         self._first = first or self.entries[0].name
         for theme in THEMES:
             self.register_theme(theme)
@@ -100,6 +102,7 @@ class LabApp(App[None]):
             if before == "connected":
                 self.notify(f"{news.reason}; asking again until it is back", severity="error")
         else:
+            self.history.add(news)
             self.status = news
             self.connection = Connection(state="connected")
             if before == "lost":

@@ -29,10 +29,10 @@ THEMES: tuple[Theme, ...] = (
     ),
     Theme(
         name="optiq-light",
-        primary="#0072b2",
+        primary="#0067a3",
         secondary="#a3437c",
         accent="#835400",
-        success="#0072b2",
+        success="#0067a3",
         warning="#835400",
         error="#a33b00",
         foreground="#1b232b",

@@ -10,7 +10,7 @@ from rich.text import Text
 from mlx_optiq_ext.types.nbytes import format_nbytes
 from mlx_optiq_ext.types.palette import bits_color, ramp_color
 from mlx_optiq_ext.types.status import EngineStatus, LayerBytes, RowStatus
-from mlx_optiq_tui.monitor.history import History
+from mlx_optiq_tui.history import History
 from mlx_optiq_tui.widgets.marks import Part, columns, legend, share_bar, sparkline
 
 __all__ = ["kv_picture", "memory_picture", "row_cells", "speed_picture", "totals_picture"]

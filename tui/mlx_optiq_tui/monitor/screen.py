@@ -14,7 +14,6 @@ from mlx_optiq_ext.types.port import LogLine
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.lab import lab_of
 from mlx_optiq_tui.lab_screen import EmptyState, LabScreen
-from mlx_optiq_tui.monitor.history import History
 from mlx_optiq_tui.monitor.log_panel import LogPanel
 from mlx_optiq_tui.monitor.pictures import (
     kv_picture,
@@ -26,19 +25,20 @@ from mlx_optiq_tui.monitor.pictures import (
 
 __all__ = ["MonitorScreen"]
 
-_COLUMNS = (
-    "state",
-    "tok/s",
-    "lately",
-    "first",
-    "prompt",
-    "cached",
-    "out",
-    "age",
-    "adapter",
-    "model",
-    "session",
-)
+_COLUMNS = {
+    "state": 7,
+    "tok/s": 6,
+    "lately": 10,
+    "first": 7,
+    "prompt": 9,
+    "cached": 6,
+    "out": 5,
+    "age": 6,
+    "adapter": 10,
+    "model": 24,
+    "session": 12,
+}
+"""Widths; those of the content would change all the time."""
 
 
 class MonitorScreen(LabScreen):
@@ -88,7 +88,6 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
 
     def __init__(self) -> None:
         super().__init__(classes="-unseen")
-        self._history = History()
 
     def compose_body(self) -> ComposeResult:
         """Numbers above, panels below."""
@@ -111,7 +110,8 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
     def on_mount(self) -> None:
         """Begin to follow the log."""
         super().on_mount()
-        self.query_one(DataTable).add_columns(*_COLUMNS)
+        for label, width in _COLUMNS.items():
+            self.query_one(DataTable).add_column(label, width=width)
         self.watch(lab_of(self), "connection", self._draw_waiting)
         self._follow_log()
 
@@ -136,10 +136,8 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
     def status_changed(self, status: EngineStatus | None) -> None:
         """Take a snapshot, and draw it where it can be seen."""
         self.set_class(status is None, "-unseen")
-        if status is not None:
-            self._history.add(status)
-            if self.is_current:
-                self._draw()
+        if status is not None and self.is_current:
+            self._draw()
 
     def _draw_waiting(self) -> None:
         lab = self.lab
@@ -154,7 +152,7 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
         if status is None:
             return
         speed, memory = self.query_one("#speed", Static), self.query_one("#memory", Static)
-        speed.update(speed_picture(status, self._history, speed.content_size.width or 76))
+        speed.update(speed_picture(status, self.lab.history, speed.content_size.width or 76))
         memory.update(memory_picture(status, memory.content_size.width or 76))
         self.query_one("#totals", Static).update(totals_picture(status))
         caches = self.query_one("#caches", Static)
@@ -164,7 +162,7 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
 
     def _draw_rows(self, status: EngineStatus) -> None:
         table = self.query_one(DataTable)
-        shown = {row.id: row_cells(row, self._history) for row in status.rows}
+        shown = {row.id: row_cells(row, self.lab.history) for row in status.rows}
         columns = list(table.columns)
         for key in [key for key in table.rows if key.value not in shown]:
             table.remove_row(key)
@@ -174,7 +172,7 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
                 table.add_row(*cells, key=id)
                 continue
             for column, cell in zip(columns, cells, strict=True):
-                table.update_cell(id, column, cell, update_width=True)
+                table.update_cell(id, column, cell)
 
     def action_panel(self, name: str) -> None:
         """Bring a panel to the front and give it the focus."""

@@ -1,4 +1,4 @@
-"""What the server's snapshots were a while ago: series for the monitor's sparklines.
+"""What the server's snapshots were a while ago: series for sparklines.
 
 Knows numbers and no widget. The clock is the server's uptime, so a recording gives the same series.
 """
