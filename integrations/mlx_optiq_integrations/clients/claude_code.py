@@ -98,7 +98,7 @@ CLIENT = Client(
     files=_files,
     session=_session,
     notes=(
-        "A prompt begins with about 12,600 tokens, 8,500 of them tools; `claude --tools Bash,Read,Edit,Write` "
+        "A prompt begins with about 12,600 tokens, 8,500 of them tools; `--tools Bash,Read,Edit,Write` "
         "brings that to about 5,000.",
     ),
 )
