@@ -66,14 +66,17 @@ def plan_adapter(
         model: The base, evaluated, without adapters.
         base: Its folder; ``optiq/sensitivity.json`` in it counts where no other file is named.
         options: Rule, targets, ceiling, start, and the original's place.
-        progress: Told about measured spectra.
+        progress: Told about measured spectra, which count where the adapter starts by undoing the error.
         trust_remote_code: Let the original's own code run.
     Raises:
-        UsageError: The start needs ``--original``; or see :func:`~mlx_optiq_ext.lora.ranks.plan_ranks`.
+        UsageError: The start needs ``--original``, or nothing does; or see
+            :func:`~mlx_optiq_ext.lora.ranks.plan_ranks`.
         AdapterError: The original is another model.
     """
     if options.init == "error" and options.original is None:
         raise UsageError("--init error needs the unquantized weights: name them with --original")
+    if options.original is not None and options.init != "error":
+        raise UsageError("--original is for --init error, which undoes the quantization error; leave it out")
     table = _table(base, options)
     if options.original is None:
         return AdapterPlan(plan_ranks(model, options, table=table), options, None)

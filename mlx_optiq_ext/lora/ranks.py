@@ -7,8 +7,10 @@ extension of ``mlx_lm.lora``.
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 import mlx.nn as nn
+import numpy as np
 
 from mlx_optiq_ext.errors import BudgetInfeasible, UsageError
 from mlx_optiq_ext.lora.spectrum import Spectrum, noise_spectrum, shares
@@ -26,6 +28,10 @@ _NOISE_REMARK = (
     "no original weights: the spectrum of each error is taken to be that of independent rounding errors of "
     "its shape; --original measures it"
 )
+_COMMON = Choice.parse("4g64")
+"""At which modules are compared."""
+_MOST = 4
+"""Times the average rank that a module gets at most: its steps grow with its rank."""
 
 
 def plan_ranks(
@@ -58,9 +64,14 @@ def plan_for(
 ) -> RankMap:
     """Decide the rank of some modules.
 
-    by_sensitivity gives half of ``rank`` to every module, for what is learnt has to go everywhere, and then
-    takes, one rank at a time, what removes most estimated divergence per parameter, until the parameters of
-    the constant rank (or ``max_parameters``) are spent.
+    by_sensitivity spends the parameters of the constant rank (or ``max_parameters``) one rank at a time, each
+    where it is estimated to do most per parameter. For an adapter that only learns, that is where the output
+    is sensitive to the module: what rank r leaves undone is taken to be sensitivity / (r + 1), which makes
+    ranks proportional to √(sensitivity / parameters per rank). For one that starts by undoing the base's
+    error (``init`` error), it is what the rank takes of the error's spectrum, beyond half of ``rank``
+    everywhere.
+
+    Source: Neyman 1934 (optimal allocation), for the square root.
 
     Args:
         targets: The modules.
@@ -73,14 +84,19 @@ def plan_for(
         BudgetInfeasible: The ceiling does not hold the least ranks.
     """
     harm = _harm(targets, table) if table is not None else {}
-    scaling, notes = _scaling(options, table, harm)
+    sensitive = _sensitive(targets, table) if table is not None else {}
+    scaling, notes = _scaling(options, table, harm if options.init == "error" else sensitive)
     if scaling == "by_sensitivity":
         ceiling = options.max_parameters or _flat(targets, options.rank)
         potential = {
             t.path: harm[t.path] * shares(_spectrum(t, spectra or {})) for t in targets if t.path in harm
         }
-        ranks = _fill(targets, potential, ceiling, options.rank // 2)
-        measured = sum(t.path in (spectra or {}) for t in targets)
+        undoes = options.init == "error"
+        if undoes:
+            ranks = _fill(targets, potential, ceiling, options.rank // 2)
+        else:
+            ranks = _fill(targets, _learning(targets, sensitive, ceiling), ceiling, 1)
+        assumed = undoes and not any(t.path in (spectra or {}) for t in targets)
         return RankMap(
             ranks=ranks,
             targets=targets,
@@ -89,7 +105,7 @@ def plan_for(
             max_parameters=ceiling,
             gains={path: float(gain[: ranks[path]].sum()) for path, gain in potential.items()},
             sensitivities=harm,
-            notes=(*notes, *(() if measured else (_NOISE_REMARK,))),
+            notes=(*notes, *((_NOISE_REMARK,) if assumed else ())),
         )
     rule: Callable[[LoraTarget, float], int] = (
         (lambda target, rank: rank_by_bits(target.choice, rank))
@@ -115,7 +131,7 @@ def rank_by_bits(choice: Choice | None, rank: float) -> int:
 
 
 def _scaling(
-    options: AdapterOptions, table: SensitivityTable | None, harm: Mapping[str, float]
+    options: AdapterOptions, table: SensitivityTable | None, known: Mapping[str, float]
 ) -> tuple[RankScaling, tuple[str, ...]]:
     """The rule, and why it is that one where nobody asked for it."""
     wanted = options.rank_scaling
@@ -126,8 +142,11 @@ def _scaling(
         reason = (
             "no sensitivity file of the base is at hand (optiq measure makes one, --sensitivity names it)"
         )
-    elif not any(harm.values()):
-        reason = "the sensitivity file knows no error of these modules (not quantized, or another model's)"
+    elif not any(known.values()):
+        reason = (
+            "the sensitivity file knows nothing of these modules (another model's"
+            f"{', or they are not quantized' if options.init == 'error' else ''})"
+        )
     if not reason:
         return "by_sensitivity", ()
     if wanted is not None:
@@ -137,18 +156,29 @@ def _scaling(
 
 def _harm(targets: Sequence[LoraTarget], table: SensitivityTable) -> dict[str, float]:
     """Divergence that the storage of each target causes, nats per token, as far as the table knows it."""
+    quantized = [target for target in targets if target.choice is not None]
+    return _at(quantized, table, lambda target: target.choice or _COMMON)
+
+
+def _sensitive(targets: Sequence[LoraTarget], table: SensitivityTable) -> dict[str, float]:
+    """Divergence that one and the same choice would cause in each target: what was spent on bits hides it."""
+    return _at(targets, table, lambda _: _COMMON)
+
+
+def _at(
+    targets: Sequence[LoraTarget], table: SensitivityTable, choice_of: Callable[[LoraTarget], Choice]
+) -> dict[str, float]:
+    """Divergence by path at a choice of each; a unit's is shared by its paths."""
     probes: dict[str, list[Probe]] = {}
     for probe in table.probes:
         if probe.choice.mode != "keep":
             probes.setdefault(probe.path, []).append(probe)
-    units = {path: unit for unit in table.units for path in unit.paths}
-    harm: dict[str, float] = {}
-    for target in targets:
-        unit = units.get(target.path)
-        if target.choice is None or unit is None or unit.path not in probes:
-            continue
-        harm[target.path] = _divergence(probes[unit.path], target.choice) / len(unit.paths)
-    return harm
+    units = {path: unit for unit in table.units for path in unit.paths if unit.path in probes}
+    return {
+        target.path: _divergence(probes[unit.path], choice_of(target)) / len(unit.paths)
+        for target in targets
+        if (unit := units.get(target.path)) is not None
+    }
 
 
 def _divergence(probes: Sequence[Probe], choice: Choice) -> float:
@@ -156,6 +186,19 @@ def _divergence(probes: Sequence[Probe], choice: Choice) -> float:
     nearest = min(probes, key=lambda p: (p.choice != choice, abs(p.choice.bpw() - choice.bpw()), p.choice))
     between = 0.0 if nearest.choice == choice else choice.bpw() - nearest.choice.bpw()
     return float(max(nearest.divergence, 0.0) * 4.0**-between)
+
+
+def _learning(
+    targets: Sequence[LoraTarget], sensitive: Mapping[str, float], ceiling: int
+) -> dict[str, Spectrum]:
+    """What each rank of each target is worth to training; a target that was not measured is a typical one."""
+    typical = median(sensitive.values())
+    most = math.ceil(_MOST * ceiling / _flat(targets, 1))
+    worth = {}
+    for target in targets:
+        rank = np.arange(1, min(most, target.max_rank) + 1)
+        worth[target.path] = sensitive.get(target.path, typical) / (rank * (rank + 1))
+    return worth
 
 
 def _spectrum(target: LoraTarget, spectra: Mapping[str, Spectrum]) -> Spectrum:

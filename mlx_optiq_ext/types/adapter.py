@@ -47,9 +47,9 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     rank_scaling: Annotated[
         RankScaling | None,
         _d(
-            "by_sensitivity: where quantization hurts, at as many parameters as the constant rank; constant; "
-            "by_bits: the published rule, more rank where there are more bits, not where the error is. "
-            "Without it: by_sensitivity where a sensitivity file is at hand, else constant."
+            "by_sensitivity: where the output is sensitive, at as many parameters as the constant rank; "
+            "constant; by_bits: the published rule, more rank where there are more bits, not where the error "
+            "is. Without it: by_sensitivity where a sensitivity file is at hand, else constant."
         ),
     ] = None
     max_parameters: (
@@ -69,7 +69,7 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = "zero"
     original: Annotated[
         str | None,
-        _d("Unquantized weights of the base, folder or Hub id: by_sensitivity uses their measured errors."),
+        _d("Unquantized weights of the base, folder or Hub id, for --init error."),
     ] = None
     sensitivity: Annotated[
         str | None, _d("Sensitivity file of the base, where it is not in the model's folder.")
@@ -113,7 +113,7 @@ class RankMap(msgspec.Struct, frozen=True, kw_only=True):
     max_parameters: int | None = None
     """The ceiling that was kept; None where the rule has none."""
     gains: dict[str, float] = {}
-    """Per path: estimated divergence, nats per token, that its ranks can take away; sensitivity only."""
+    """Per path: estimated divergence, nats per token, of its quantization that its ranks can undo."""
     sensitivities: dict[str, float] = {}
     """Per path: divergence that its quantization causes, where that is known."""
     notes: tuple[str, ...] = ()

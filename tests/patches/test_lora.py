@@ -130,7 +130,7 @@ def test_by_bits_trains_the_published_ranks_and_stores_both_forms(run, tmp_path,
 def test_by_sensitivity_reads_the_table_beside_the_weights_and_keeps_its_ceiling(run, tmp_path):
     base = write_base(tmp_path / "measured")
     targets = list_targets(load_model(base)[0])
-    harm = {t.path: 0.001 for t in targets} | {"model.layers.0.self_attn.o_proj": 0.05}
+    harm = {t.path: 0.001 for t in targets} | {"model.layers.0.self_attn.o_proj": 0.5}
     write_sensitivity(base / "optiq" / "sensitivity.json", table_for(targets, harm))
     mlx_optiq_ext.install()
     code, said = run("out", "--optiq-rank-scaling", "by_sensitivity", model=base)

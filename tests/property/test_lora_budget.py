@@ -50,7 +50,7 @@ def test_no_less_is_gained_than_by_a_constant_rank_but_for_the_last_piece(
     harm: list[float], rank: int
 ) -> None:
     table = table_for(TARGETS, {t.path: value for t, value in zip(TARGETS, harm, strict=True)})
-    ours = plan_ranks(MODEL, AdapterOptions(rank=rank, targets=GROUPS), table=table)
+    ours = plan_ranks(MODEL, AdapterOptions(rank=rank, targets=GROUPS, init="error"), table=table)
     constant = plan_ranks(MODEL, AdapterOptions(rank=rank, targets=GROUPS, rank_scaling="constant"))
     assert ours.num_parameters <= constant.num_parameters
     pieces = {

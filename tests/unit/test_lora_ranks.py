@@ -34,14 +34,68 @@ def test_by_bits_gives_more_rank_to_more_bits_and_says_what_that_means() -> None
     assert any("less quantization error" in note for note in ranks.notes)
 
 
-def test_sensitive_modules_get_rank_from_the_others_at_the_same_parameters() -> None:
+def test_rank_follows_the_root_of_sensitivity_per_parameter_at_the_same_parameters() -> None:
     model = quantized_model("4g64")
-    targets = list_targets(model)
-    table = table_for(targets, {**dict.fromkeys((t.path for t in targets), 0.001), DOWN: 0.02})
+    targets = [t for t in list_targets(model) if t.kind == "linear"]
+    table = table_for(tuple(targets), {**dict.fromkeys((t.path for t in targets), 0.001), DOWN: 0.009})
     constant = plan_ranks(model, AdapterOptions(rank=8, rank_scaling="constant"))
     ranks = plan_ranks(model, AdapterOptions(rank=8), table=table)
     assert ranks.scaling == "by_sensitivity"
     assert constant.num_parameters - 400 < ranks.num_parameters <= constant.num_parameters
+    per_root = {
+        t.path: (ranks.ranks[t.path] + 0.5) * (t.parameters_per_rank / (9 if t.path == DOWN else 1)) ** 0.5
+        for t in targets
+    }
+    assert max(per_root.values()) < 1.25 * min(per_root.values())  # whole ranks
+    assert ranks.notes == ()
+
+
+def test_bits_hide_no_sensitivity() -> None:
+    """What was given more bits because it is sensitive keeps its rank, though its own error is small."""
+    model = tiny_model()
+    paths = [target.path for target in list_targets(model)]
+    quantize_by(
+        model, BitMap(choices={p: Choice.parse("8g64" if p == V else "4g64") for p in paths if p != DOWN})
+    )
+    targets = list_targets(model)
+    table = table_for(targets, dict.fromkeys(paths, 0.001))
+    table = type(table)(
+        **{
+            **_fields(table),
+            "probes": tuple(
+                Probe(path=p.path, choice=Choice.parse("4g64"), divergence=p.divergence) for p in table.probes
+            ),
+        }
+    )
+    ranks = plan_ranks(model, AdapterOptions(), table=table)
+    assert ranks.sensitivities[V] < 0.01 * ranks.sensitivities[V.replace("v_proj", "k_proj")]
+    assert ranks.ranks[V] == ranks.ranks[V.replace("v_proj", "k_proj")]
+    assert DOWN not in ranks.sensitivities  # not quantized, sensitive all the same
+    assert ranks.ranks[DOWN] >= 4
+
+
+def test_no_module_gets_more_than_four_times_the_average_rank() -> None:
+    model = quantized_model("4g64")
+    targets = list_targets(model)
+    table = table_for(targets, {**dict.fromkeys((t.path for t in targets), 1e-9), DOWN: 1.0})
+    ranks = plan_ranks(model, AdapterOptions(rank=8), table=table)
+    assert ranks.ranks[DOWN] == 32
+
+
+def test_what_was_not_measured_is_taken_to_be_typical() -> None:
+    model = quantized_model("4g64")
+    targets = list_targets(model)
+    table = table_for(targets, dict.fromkeys((t.path for t in targets), 0.001))
+    units = tuple(unit for unit in table.units if unit.path != DOWN)
+    ranks = plan_ranks(model, AdapterOptions(), table=type(table)(**{**_fields(table), "units": units}))
+    assert ranks.ranks[DOWN] == ranks.ranks[DOWN.replace("layers.1", "layers.0")]
+
+
+def test_a_start_from_the_error_puts_rank_where_the_error_is() -> None:
+    model = quantized_model("4g64")
+    targets = list_targets(model)
+    table = table_for(targets, {**dict.fromkeys((t.path for t in targets), 0.001), DOWN: 0.02})
+    ranks = plan_ranks(model, AdapterOptions(rank=8, init="error"), table=table)
     assert ranks.ranks[DOWN] > 3 * 8
     assert max(rank for path, rank in ranks.ranks.items() if path != DOWN) < 8
     assert min(ranks.ranks.values()) == 4  # half of it goes everywhere
@@ -57,7 +111,7 @@ def test_measured_spectra_decide_between_equally_sensitive_modules() -> None:
     table = table_for(tuple(targets), dict.fromkeys((t.path for t in targets), 0.01))
     flat = {t.path: np.ones(t.max_rank) for t in targets}
     steep = {**flat, DOWN: np.array([1000.0, 500.0, 250.0, *np.full(125, 0.01)])}
-    options = AdapterOptions(rank=2, targets="mlp")
+    options = AdapterOptions(rank=2, targets="mlp", init="error")
     ranks = plan_ranks(model, options, table=table, spectra=steep)
     assert ranks.ranks[DOWN] == 3
     assert not any("independent" in note for note in ranks.notes)
@@ -91,7 +145,9 @@ def test_without_a_measurement_the_rank_is_constant_and_says_why() -> None:
         plan_ranks(model, AdapterOptions(rank_scaling="by_sensitivity"))
     plain = quantized_model("keep")
     table = table_for(list_targets(plain), {DOWN: 0.1})
-    assert any("not quantized" in note for note in plan_ranks(plain, AdapterOptions(), table=table).notes)
+    assert plan_ranks(plain, AdapterOptions(), table=table).scaling == "by_sensitivity"
+    undoing = plan_ranks(plain, AdapterOptions(init="error"), table=table)
+    assert any("not quantized" in note for note in undoing.notes)
 
 
 def test_no_rank_is_larger_than_the_matrix() -> None:

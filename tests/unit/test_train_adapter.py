@@ -273,6 +273,11 @@ def test_start_from_the_error_needs_the_original(base, chats, tmp_path) -> None:
         train_adapter(_job(base, chats, tmp_path / "out", init="error"))
 
 
+def test_an_original_that_nothing_needs_is_refused(base, chats, tmp_path) -> None:
+    with pytest.raises(UsageError, match="--original is for --init error"):
+        train_adapter(_job(base, chats, tmp_path / "out", original=str(base)))
+
+
 def test_command_prints_ranks_then_one_document(base, chats, tmp_path, capsys) -> None:
     _write(tmp_path / "test.jsonl", [])
     parser = argparse.ArgumentParser()
