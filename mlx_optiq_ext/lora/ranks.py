@@ -22,7 +22,7 @@ __all__ = ["plan_for", "plan_ranks", "rank_by_bits"]
 
 _BITS_REMARK = (
     "by_bits looks at bits alone: modules with more bits, hence less quantization error of their own, get "
-    "more rank; by_sensitivity follows the error (docs/lora.md)"
+    "more rank; by_sensitivity follows what was measured (docs/lora.md)"
 )
 _NOISE_REMARK = (
     "no original weights: the spectrum of each error is taken to be that of independent rounding errors of "

@@ -76,7 +76,8 @@ def train_adapter(
         model, _objective(job.options, model), (parts.train, parts.valid), job.options, store, progress
     )
     trainer.kept_arrays = reference
-    on_note(f"{trainer.padded_share:.1%} of all positions are padding")
+    if job.options.method == "sft":  # of pairs only the longer answers' lengths are compared
+        on_note(f"{trainer.padded_share:.1%} of all positions are padding")
     if found is not None:
         trainer.restore(*found)
         on_note(f"going on after update {found[0].step}, from {store.file}")

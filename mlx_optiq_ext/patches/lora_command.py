@@ -69,9 +69,9 @@ def _wrap_build_parser(original: Any) -> Any:
             "--optiq-rank-scaling",
             choices=_SCALINGS,
             default=argparse.SUPPRESS,
-            help="by_sensitivity: more rank where the output is sensitive, at as many parameters as the constant rank; "
-            "by_bits: the published rule, more rank where there are more bits, not where the error is; "
-            "constant: one rank.",
+            help="by_sensitivity: more rank where the output is sensitive, at as many parameters as the "
+            "constant rank; by_bits: the published rule, more rank where there are more bits, not where the "
+            "error is; constant: one rank.",
         )
         group.add_argument(
             "--optiq-sensitivity",
