@@ -113,12 +113,14 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     def warnings(self, facts: ClientFacts) -> tuple[str, ...]:
         """What will not work with this server."""
         found = []
+        if facts.is_assumed:
+            return ()
         if facts.context < self.least_context:
             found.append(
                 f"{self.title} needs a context of {self.least_context:,} tokens, this server fits "
                 f"{facts.context:,}: serve with more --memory, or a smaller KV cache (--kv-config)"
             )
-        if self.program and not facts.calls_tools and not facts.is_assumed:
+        if self.program and not facts.calls_tools:
             found.append(f"{facts.model} has no tool calls in its chat template; {self.title} needs them")
         return tuple(found)
 

@@ -34,12 +34,13 @@ __all__ = [
 _MARKER = "INCOMPLETE.txt"
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
+def write_bytes_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Write ``data`` to ``path``, replacing it in one step.
 
     Args:
         path: Final name; its folder is made where it is missing.
         data: The whole content.
+        mode: Permissions of the file; None: what the process gives new files.
     Raises:
         ResourceError: The disk is full or the folder cannot be written.
     """
@@ -47,6 +48,8 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

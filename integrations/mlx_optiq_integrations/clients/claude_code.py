@@ -52,7 +52,7 @@ def _environment(facts: ClientFacts) -> tuple[tuple[str, str, str], ...]:
         ("API_TIMEOUT_MS", "3000000", "a local model may take long over a long prompt"),
         *(
             ()
-            if facts.thinks
+            if facts.thinks or facts.is_assumed
             else (("MAX_THINKING_TOKENS", "0", "the model does not think: nothing is asked for it"),)
         ),
     )

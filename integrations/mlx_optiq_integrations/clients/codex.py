@@ -29,7 +29,7 @@ def _settings(facts: ClientFacts) -> tuple[Setting, ...]:
         Setting(("web_search",), "disabled", "searching is done by OpenAI's servers"),
         *(
             ()
-            if facts.thinks
+            if facts.thinks or facts.is_assumed
             else (Setting(("model_reasoning_summary",), "none", "the model does not think"),)
         ),
         Setting(("features", "multi_agent"), False, "saves 10 kB of tools in every prompt"),

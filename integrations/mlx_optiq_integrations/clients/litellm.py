@@ -25,9 +25,7 @@ model_list:
       max_output_tokens: {facts.max_output}
       supports_function_calling: {json.dumps(facts.calls_tools)}
       supports_vision: {json.dumps(facts.sees_images)}"""
-    return (
-        Snippet(language="yaml", code=code, where="config.yaml, for `litellm --config config.yaml`"),
-    )
+    return (Snippet(language="yaml", code=code, where="config.yaml, for `litellm --config config.yaml`"),)
 
 
 CLIENT = Client(
