@@ -83,20 +83,21 @@ def plan_for(
         UsageError: The rule lacks what it needs.
         BudgetInfeasible: The ceiling does not hold the least ranks.
     """
-    harm = _harm(targets, table) if table is not None else {}
-    sensitive = _sensitive(targets, table) if table is not None else {}
-    scaling, notes = _scaling(options, table, harm if options.init == "error" else sensitive)
+    undoes = options.init == "error"
+    known = {} if table is None else _harm(targets, table) if undoes else _sensitive(targets, table)
+    scaling, notes = _scaling(options, table, known)
     if scaling == "by_sensitivity":
         ceiling = options.max_parameters or _flat(targets, options.rank)
-        potential = {
-            t.path: harm[t.path] * shares(_spectrum(t, spectra or {})) for t in targets if t.path in harm
-        }
-        undoes = options.init == "error"
+        by_path = {target.path: target for target in targets if target.path in known}
+        potential: dict[str, Spectrum] = {}
         if undoes:
+            potential = {
+                path: known[path] * shares(_spectrum(t, spectra or {})) for path, t in by_path.items()
+            }
             ranks = _fill(targets, potential, ceiling, options.rank // 2)
         else:
-            ranks = _fill(targets, _learning(targets, sensitive, ceiling), ceiling, 1)
-        assumed = undoes and not any(t.path in (spectra or {}) for t in targets)
+            ranks = _fill(targets, _learning(targets, known, ceiling), ceiling, 1)
+        assumed = undoes and not any(path in (spectra or {}) for path in potential)
         return RankMap(
             ranks=ranks,
             targets=targets,
@@ -104,7 +105,7 @@ def plan_for(
             rank=options.rank,
             max_parameters=ceiling,
             gains={path: float(gain[: ranks[path]].sum()) for path, gain in potential.items()},
-            sensitivities=harm,
+            sensitivities=known,
             notes=(*notes, *((_NOISE_REMARK,) if assumed else ())),
         )
     rule: Callable[[LoraTarget, float], int] = (
@@ -119,7 +120,7 @@ def plan_for(
         scaling=scaling,
         rank=options.rank,
         max_parameters=options.max_parameters,
-        sensitivities=harm,
+        sensitivities=known,
         notes=(*notes, *((_BITS_REMARK,) if scaling == "by_bits" else ())),
     )
 

@@ -28,7 +28,9 @@ def rank_report(title: str, ranks: RankMap) -> Report:
     return Report(
         title=title,
         facts=tuple(facts),
-        bits=_table(ranks.ranks, parameters, ranks.sensitivities),
+        bits=_table(
+            ranks.ranks, parameters, ranks.sensitivities, "KL of its bits" if ranks.gains else "KL at 4 bits"
+        ),
         heat_map=rank_heat_map(ranks.ranks),
         notes=ranks.notes,
     )
@@ -62,7 +64,7 @@ def adapter_report(
     return Report(
         title=title,
         facts=tuple((name, value) for name, value in found if value),
-        bits=_table(config.ranks, parameters, {}),
+        bits=_table(config.ranks, parameters, {}, ""),
         heat_map=rank_heat_map(config.ranks),
         notes=training.notes,
     )
@@ -73,7 +75,10 @@ def _parameters(count: int, ceiling: int | None) -> str:
 
 
 def _table(
-    ranks: Mapping[str, int], parameters: Mapping[str, int], sensitivities: Mapping[str, float]
+    ranks: Mapping[str, int],
+    parameters: Mapping[str, int],
+    sensitivities: Mapping[str, float],
+    divergence: str,
 ) -> TextTable:
     """One row per role."""
     places = {path: block_and_role(path) for path in ranks}
@@ -87,10 +92,10 @@ def _table(
         if sensitivities:
             row.append(number_text(sum(sensitivities.get(path, 0.0) for path in paths)))
         rows.append(tuple(row))
-    last = ("KL of its bits",) if sensitivities else ()
+    last = (divergence,) if sensitivities else ()
     return TextTable(
         title="Ranks by module",
         columns=("module", "count", "least", "mean", "most", "parameters", *last),
         rows=tuple(rows),
-        note="KL of its bits: divergence that the base's quantization causes, nats/token." if last else "",
+        note=f"{divergence}: divergence that quantizing the module causes, nats/token." if last else "",
     )

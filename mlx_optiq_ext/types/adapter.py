@@ -115,7 +115,8 @@ class RankMap(msgspec.Struct, frozen=True, kw_only=True):
     gains: dict[str, float] = {}
     """Per path: estimated divergence, nats per token, of its quantization that its ranks can undo."""
     sensitivities: dict[str, float] = {}
-    """Per path: divergence that its quantization causes, where that is known."""
+    """Per path, where it is known: divergence, nats per token, at 4 bits; where ``gains`` are given, at the
+    base's own bits."""
     notes: tuple[str, ...] = ()
 
     @property
