@@ -294,3 +294,26 @@ def test_unknown_clients_and_those_without_a_file_are_refused(capsys: pytest.Cap
     assert "no file to write into" in capsys.readouterr().err
     assert main(["snippet", "--json"]) == 0
     assert {row["client"] for row in json.loads(capsys.readouterr().out)} == set(NAMES)
+
+
+def test_other_packages_add_clients_by_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Client(name="theirs", title="Theirs", about="A client of another package", docs="https://x.y")
+
+    class Point:
+        def load(self) -> Client:
+            return theirs
+
+    asked: list[str] = []
+
+    def found(*, group: str) -> list[Point]:
+        asked.append(group)
+        return [Point()]
+
+    monkeypatch.setattr("mlx_optiq_integrations.client.entry_points", found)
+    all_clients.cache_clear()
+    try:
+        assert find_client("theirs") is theirs
+        assert asked == ["mlx_optiq_ext.clients"]
+        assert set(all_clients()) == {*NAMES, "theirs"}
+    finally:
+        all_clients.cache_clear()
