@@ -108,6 +108,15 @@ class LabApp(App[None]):
             if before == "lost":
                 self.notify(f"connected to {self.client.url}")
 
+    @property
+    def waiting_words(self) -> str:
+        """What a screen says while no server was reached yet."""
+        return (
+            f"{self.connection.words(self.client.url)}\n\n"
+            "Start a server in another terminal:\n\noptiq serve --model FOLDER_OR_HUB_ID\n\n"
+            "or look around with recorded data: optiq tui --demo"
+        )
+
     def watch_connection(self, connection: Connection) -> None:
         """Let screens show that what they draw is old."""
         for entry in self.entries:

@@ -67,6 +67,7 @@ class ServerClient:
         first_wait_s: float = _FIRST_WAIT_S,
     ) -> None:
         self.url = checked_url(url)
+        self.key = key
         self._first_wait_s = first_wait_s
         self._http = httpx.AsyncClient(
             base_url=self.url,

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
@@ -22,8 +22,9 @@ class Question(ModalScreen[bool]):
 
     DEFAULT_CSS = """
     Question { align: center middle; }
-    Question Vertical { width: 64; max-width: 100%; height: auto; background: $surface;
+    Question Vertical { width: 76; max-width: 100%; height: auto; background: $surface;
                         border: round $warning; padding: 1 2; }
+    Question VerticalScroll { height: auto; max-height: 14; }
     Question Horizontal { height: auto; margin-top: 1; align-horizontal: right; }
     Question Button { margin-left: 2; }
     """
@@ -39,7 +40,8 @@ class Question(ModalScreen[bool]):
     def compose(self) -> ComposeResult:
         """The question over its answers."""
         with Vertical():
-            yield Static(self._text, markup=False)
+            with VerticalScroll():
+                yield Static(self._text, markup=False)
             with Horizontal():
                 yield Button(f"{self._no} (n)", id="no")
                 yield Button(f"{self._yes} (y)", id="yes", variant="warning")

@@ -140,12 +140,7 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
             self._draw()
 
     def _draw_waiting(self) -> None:
-        lab = self.lab
-        self.query_one("#waiting", EmptyState).update(
-            f"{lab.connection.words(lab.client.url)}\n\n"
-            "Start a server in another terminal:\n\noptiq serve --model FOLDER_OR_HUB_ID\n\n"
-            "or look around with recorded data: optiq tui --demo"
-        )
+        self.query_one("#waiting", EmptyState).update(self.lab.waiting_words)
 
     def _draw(self) -> None:
         status = self.lab.status

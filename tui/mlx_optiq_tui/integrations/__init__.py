@@ -1,0 +1,1 @@
+"""The screen that connects clients to the server."""
