@@ -117,8 +117,9 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
             return ()
         if facts.context < self.least_context:
             found.append(
-                f"{self.title} needs a context of {self.least_context:,} tokens, this server fits "
-                f"{facts.context:,}: serve with more --memory, or a smaller KV cache (--kv-config)"
+                f"{self.title} needs a context of {self.least_context:,} tokens, {facts.model} fits "
+                f"{facts.context:,} here: serve a model with a longer one, or where memory is what lacks, "
+                "with more --memory or a smaller KV cache (--kv-config)"
             )
         if self.program and not facts.calls_tools:
             found.append(f"{facts.model} has no tool calls in its chat template; {self.title} needs them")
