@@ -14,11 +14,13 @@ from support_hub import FakeHub, serve, use_hub
 from support_lora import ALL_TARGETS, TOKENS, adapt, quantized_model
 from support_models import LLAMA, byte_tokenizer
 
+from mlx_optiq_ext.cli.lora.fuse import fuse_text
 from mlx_optiq_ext.cli.lora.merge import parse_part
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.errors import AdapterError, FingerprintMismatch, ModelNotFound, OutputExists, UsageError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.lora.files import describe_adapter, read_adapter, save_adapter
+from mlx_optiq_ext.lora.fuse_folder import FuseResult
 from mlx_optiq_ext.lora.ranks import plan_ranks
 from mlx_optiq_ext.lora.report import rank_report
 from mlx_optiq_ext.lora.targets import list_targets
@@ -129,6 +131,11 @@ def test_fuse_writes_a_model_and_says_what_rounding_adds(
     )
     text = capsys.readouterr().out
     assert "the adapter changes the base by" in text
+    assert "Storing the sum costs" not in text  # unquantized
+    costly = FuseResult(
+        folder="out", store="same", num_modules=1, nbytes=1, change=0.06, added=0.05, num_windows=2
+    )
+    assert "Storing the sum costs much" in fuse_text(costly)
     assert main([*words[:5], str(tmp_path / "x"), "--num-tokens", "-1"]) == UsageError.exit_code
 
 

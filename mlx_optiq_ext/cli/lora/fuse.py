@@ -17,7 +17,10 @@ from mlx_optiq_ext.lora.fuse_folder import FuseJob, FuseResult, fuse_folder
 from mlx_optiq_ext.types.figures import number_text
 from mlx_optiq_ext.types.nbytes import format_nbytes
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "fuse_text", "run"]
+
+_MUCH = 0.3
+"""Of the divergence that the adapter makes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +67,12 @@ def run(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     result = fuse_folder(job, console.progress)
-    console.result(result, _text(result))
+    console.result(result, fuse_text(result))
     return 0
 
 
-def _text(result: FuseResult) -> str:
+def fuse_text(result: FuseResult) -> str:
+    """What was fused and what it changed, for people."""
     rows = [("modules", f"{result.num_modules} fused"), ("weights", format_nbytes(result.nbytes))]
     if result.change is not None and result.added is not None:
         spread = f" ± {number_text(1.96 * result.added_stderr)}" if result.num_windows > 1 else ""
@@ -77,4 +81,10 @@ def _text(result: FuseResult) -> str:
             ("storing the sum adds", f"KL {number_text(result.added)}{spread}"),
             ("measured on", f"{result.num_windows} windows of held-out text, nats per token"),
         ]
-    return format_table((result.folder, ""), rows)
+    table = format_table((result.folder, ""), rows)
+    if result.change is not None and result.added is not None and result.added > _MUCH * result.change:
+        table += (
+            "\nStoring the sum costs much of what the adapter does: fuse with --store dense, or keep the "
+            "adapter apart and serve it (optiq serve --adapter)."
+        )
+    return table
