@@ -39,6 +39,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """The fast BLAS is loaded before the command's module is imported."""
     resumes: bool = False
     """Running the same command again continues where it was stopped."""
+    passes_on: bool = False
+    """Words after ``--`` are another program's; its ``run`` finds them as ``args.passed_on``."""
 
     @property
     def module(self) -> str:
@@ -65,9 +67,11 @@ COMMANDS: dict[str, Command] = {
         Command(name="adapters mount"),
         Command(name="adapters unmount"),
         Command(name="adapters use"),
+        Command(name="run", passes_on=True),
         Command(name="tui"),
         Command(name="lab"),
         Command(name="mcp"),
+        Command(name="snippet"),
         Command(name="report"),
         Command(name="import-gguf"),
         Command(name="doctor", needs_mlx=True),
@@ -93,12 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS.get(" ".join(words[:2])) or COMMANDS.get(" ".join(words[:1]))
+    passed_on: list[str] = []
+    if command is not None and command.passes_on and "--" in words:
+        words, passed_on = words[: words.index("--")], words[words.index("--") + 1 :]
     wants_json = "--json" in words
     try:
         if command is None:
             return _top_level(words)
         with clean_stop():
-            return _run(command, words[1 + command.name.count(" ") :])
+            return _run(command, words[1 + command.name.count(" ") :], passed_on)
     except OptiqError as error:
         _report(error, error.exit_code, wants_json)
         return error.exit_code
@@ -116,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _EXIT_UNEXPECTED
 
 
-def _run(command: Command, words: Sequence[str]) -> int:
+def _run(command: Command, words: Sequence[str], passed_on: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -125,7 +132,10 @@ def _run(command: Command, words: Sequence[str]) -> int:
     if command.needs_mlx and not {"-h", "--help"}.intersection(words):
         preload_blas()
     parser, module = command_parser(command)
-    code = module.run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    if command.passes_on:
+        args.passed_on = tuple(passed_on)
+    code = module.run(args)
     sys.stdout.flush()
     return int(code or 0)
 
@@ -160,7 +170,7 @@ def command_parser(command: Command) -> tuple[argparse.ArgumentParser, ModuleTyp
         "--progress-json", action="store_true", help="Write progress on stderr as one JSON object a line."
     )
     group.add_argument("--debug", action="store_true", help="Show debug messages and tracebacks.")
-    parser.usage = _usage(parser)
+    parser.usage = _usage(parser) + (" [-- ARGUMENTS…]" if command.passes_on else "")
     return parser, module
 
 

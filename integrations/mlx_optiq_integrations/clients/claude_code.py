@@ -79,11 +79,12 @@ def _files(facts: ClientFacts) -> tuple[ConfigFile, ...]:
 
 
 def _session(facts: ClientFacts, folder: Path) -> Session:
+    # The environment of the user's own settings goes before that of the process; --settings go before both.
+    [file] = _files(facts)
     return Session(
-        env={name: value for name, value, _ in _environment(facts)},
         unset=("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX"),
         argv=("--settings", str(folder / "settings.json")),
-        files={"settings.json": json.dumps(nested((_MODE,)), indent=2)},
+        files={"settings.json": json.dumps(nested(file.settings), indent=2)},
     )
 
 

@@ -62,14 +62,14 @@ def _files(facts: ClientFacts) -> tuple[ConfigFile, ...]:
     )
 
 
-def _session(facts: ClientFacts, folder: Path) -> Session:
+def _session(facts: ClientFacts, _folder: Path) -> Session:
     return Session(
         env={
-            "OPENCODE_CONFIG": str(folder / "opencode.json"),
+            # Read after all files: a project's own opencode.json cannot lead to another model.
+            "OPENCODE_CONFIG_CONTENT": json.dumps(nested(_settings(facts))),
             "OPENCODE_DISABLE_MODELS_FETCH": "1",
             "OPENCODE_DISABLE_AUTOUPDATE": "1",
         },
-        files={"opencode.json": json.dumps(nested(_settings(facts)), indent=2)},
     )
 
 
