@@ -16,15 +16,18 @@ __all__ = ["name_adapter"]
 def name_adapter(request: Generation, models: Iterable[ServedModel]) -> Generation:
     """Take the adapter out of the model's name where the request names none by itself.
 
-    A model whose own name has an ``@`` keeps it; an adapter's name alone means the first model that has it.
+    A model whose own name or alias has an ``@`` keeps it; an adapter's name alone, or a sum ``a+b`` with
+    it, means the first model that has it.
     """
     models = tuple(models)
-    if request.adapter is not None or any(request.model == model.id for model in models):
+    known = {name for model in models for name in (model.id, *model.aliases)}
+    if request.adapter is not None or request.model in known:
         return request
     name, at, adapter = request.model.rpartition("@")
     if at:
         return msgspec.structs.replace(request, model=name, adapter=adapter or None)
+    parts = set(request.model.split("+"))
     for model in models:
-        if request.model in model.adapters:
+        if parts.intersection(model.adapters):
             return msgspec.structs.replace(request, model=model.id, adapter=request.model)
     return request
