@@ -1,0 +1,124 @@
+"""What the quantize screen knows without a screen: sizes, budgets, comparison, commands."""
+
+from pathlib import Path
+
+import pytest
+from support_models import LLAMA, save_model_folder, tiny_model
+from support_tables import make_table
+
+from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.errors import ModelNotFound
+from mlx_optiq_tui.quantize.budget import (
+    BudgetRange,
+    budget_curve,
+    budget_range,
+    choose,
+    compare,
+    curve_points,
+)
+from mlx_optiq_tui.quantize.commands import convert_words, measure_words, places_of, score_words
+from mlx_optiq_tui.quantize.fit import fit_of, fit_table, machine_memory_nbytes
+from mlx_optiq_tui.quantize.model_facts import ModelFacts, facts_of_folder
+from mlx_optiq_tui.quantize.pictures import choice_text, curve_text, map_text
+from mlx_optiq_tui.quantize.recorded import recorded_table
+
+TABLE = make_table(blocks=4)
+
+
+def test_the_slider_runs_from_the_cheapest_allocation_to_the_costliest() -> None:
+    ends = budget_range(TABLE)
+    assert choose(TABLE, ends.low).achieved_bpw == pytest.approx(2.5, abs=0.05)
+    assert choose(TABLE, ends.high).achieved_bpw == pytest.approx(8.5, abs=0.05)
+    assert choose(TABLE, ends.high).predicted_divergence < choose(TABLE, ends.low).predicted_divergence
+    assert ends.clip(99) == ends.high
+    assert ends.clip(0) == ends.low
+    assert ends.clip(5.012) == 5.0
+    assert ends.start == 5.0
+
+
+def test_a_range_above_five_bits_starts_at_its_low_end() -> None:
+    assert BudgetRange(low=6.0, high=8.0).start == 6.0
+
+
+def test_an_allocation_is_compared_with_the_best_uniform_choice_that_it_pays() -> None:
+    near = compare(choose(TABLE, 5.0))
+    assert near.within is not None
+    assert near.within.label == "4g64"
+    assert near.within.bpw <= 5.0
+    assert near.above is not None
+    assert near.above.label == "5g64"
+    assert near.ratio is not None
+    assert near.ratio > 1
+
+
+def test_the_curve_falls_and_holds_the_choice() -> None:
+    points = curve_points(TABLE)
+    divergences = [point.divergence for point in points]
+    assert len(points) > 10
+    assert divergences == sorted(divergences, reverse=True)
+    chosen = choose(TABLE, 4.5)
+    curve = budget_curve(TABLE, chosen, points)
+    assert curve is not None
+    assert curve.chosen is not None
+    assert curve.chosen.bpw == chosen.achieved_bpw
+
+
+def test_a_model_fits_or_not_with_its_cache() -> None:
+    facts = ModelFacts(source="acme/tiny", numel=1_000_000_000, config=dict(LLAMA))
+    context = 1000
+    fit = fit_of(facts, "4 bits", 4.5, memory_nbytes=1_000_000_000, context=context)
+    per_token = kv_bytes_per_token(LLAMA, context)
+    assert per_token == 512  # 2 blocks × 2 heads × 32 numbers × 2 bytes, keys and values
+    assert fit.weights_nbytes == 562_500_000
+    assert fit.cache_nbytes == 512_000
+    assert fit.room_nbytes == 256_000_000
+    assert fit.fits
+    assert fit.longest_context == (1_000_000_000 - 562_500_000 - 256_000_000) // 512
+    assert not fit_of(facts, "as it is", 16, memory_nbytes=1_000_000_000, context=context).fits
+
+
+def test_sizes_are_not_made_up_where_the_number_of_weights_is_unknown() -> None:
+    assert fit_table(ModelFacts(source="acme/x", numel=0), memory_nbytes=10**9, context=10) is None
+
+
+def test_without_a_config_the_cache_is_unknown() -> None:
+    table = fit_table(ModelFacts(source="acme/x", numel=10**6), memory_nbytes=10**9, context=10)
+    assert table is not None
+    assert {row[3] for row in table.rows} == {"–"}
+
+
+def test_a_folder_tells_its_weights_and_architecture(tmp_path: Path) -> None:
+    facts = facts_of_folder(save_model_folder(tmp_path / "tiny", tiny_model()))
+    assert facts.name == "tiny"
+    assert facts.numel == 40_960 + 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 2 * 128) + 128
+    assert facts.nbytes == 2 * facts.numel
+    assert facts.float_bits == 16
+    assert facts.architecture == "llama, 2 blocks, 128 wide"
+    assert not facts.is_quantized
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        facts_of_folder(tmp_path)
+
+
+def test_this_machine_has_memory() -> None:
+    assert machine_memory_nbytes() > 100_000_000
+
+
+def test_commands_say_what_was_chosen(tmp_path: Path) -> None:
+    places = places_of("tiny", tmp_path, 4.55)
+    assert places.out == str(tmp_path / "tiny-optiq-4.55bpw")
+    assert measure_words("acme/tiny", places.table, ("--seed", "1"))[-2:] == ("--seed", "1")
+    words = convert_words("acme/tiny", places.table, places.out, 4.55)
+    assert words[0] == "convert"
+    assert words[-4:] == ("--sensitivity", places.table, "--target-bpw", "4.55")
+    assert "--uniform" not in score_words("acme/tiny", places.out, "")
+
+
+def test_pictures_say_what_was_chosen_in_words() -> None:
+    table = recorded_table()
+    chosen = choose(table, 5.0)
+    text = choice_text(table, chosen, None).plain
+    assert "of at most 5.00" in text
+    assert "uniform within it 4g64" in text
+    assert "q_proj" in map_text(table, chosen, 78, by_bits=True).plain
+    assert "Sensitivity" in map_text(table, chosen, 78, by_bits=False).plain
+    assert "stored bits per weight" in curve_text(table, chosen, curve_points(table), 78, 16).plain

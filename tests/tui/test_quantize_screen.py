@@ -1,0 +1,229 @@
+"""The quantize screen by keys and mouse, on a tiny model with real commands, and on recorded data."""
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_models import save_model_folder, tiny_model
+from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, until
+from textual.pilot import Pilot
+from textual.widgets import Button, DataTable, Input, Static, TabbedContent
+
+from mlx_optiq_ext.errors import ModelNotFound
+from mlx_optiq_ext.formats.sensitivity import read_sensitivity, write_sensitivity
+from mlx_optiq_ext.hub.search import FoundModel
+from mlx_optiq_tui.app import LabApp
+from mlx_optiq_tui.quantize import model_pane
+from mlx_optiq_tui.quantize.bits_pane import BitsPane
+from mlx_optiq_tui.quantize.recorded import recorded_table
+from mlx_optiq_tui.quantize.screen import QuantizeScreen
+from mlx_optiq_tui.quantize.slider import BudgetSlider
+from mlx_optiq_tui.widgets.job_panel import JobPanel
+from mlx_optiq_tui.widgets.option_form import OptionForm
+
+NOBODY = "http://127.0.0.1:9"
+QUICK = {"num_tokens": 64, "window": 16, "probes": 0, "correction": "none"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of the dashboard and of what it starts, with a model in it."""
+    save_model_folder(tmp_path / "tiny", tiny_model())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(os.path.abspath(path) for path in sys.path if path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def screen_of(app: LabApp) -> QuantizeScreen:
+    assert isinstance(app.screen, QuantizeScreen)
+    return app.screen
+
+
+def text_of(app: LabApp, selector: str) -> str:
+    return str(app.screen.query_one(selector, Static).render())
+
+
+def test_a_model_is_measured_allocated_and_converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = lab_at(NOBODY, "quantize")
+    opened: list[str] = []
+    monkeypatch.setattr(app, "open_url", lambda url, **_: opened.append(url))
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        app.screen.query_one("#source", Input).value = "./tiny"
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.facts is not None)
+        assert "llama, 2 blocks" in text_of(app, "#facts")
+        form = screen.query_one(OptionForm)
+        for name, value in QUICK.items():
+            form.fill(name, value)
+        await pilot.press("escape", "e")
+        await pilot.press("1")  # Long work goes on when the screen is left.
+        await until(pilot, lambda: screen.table is not None)
+        await pilot.press("4")
+        await until(pilot, lambda: screen.allocation is not None)
+        assert read_sensitivity(folder / "tiny.sensitivity.json") == screen.table
+        at_five = screen.allocation
+        await pilot.press("b", "left", "left")
+        await until(pilot, lambda: screen.allocation is not at_five)
+        await until(pilot, lambda: screen.allocation is not None and screen.allocation.target_bpw < 4.91)
+        out = folder / "tiny-optiq-4.9bpw"
+        await pilot.press("w")
+        await until(pilot, lambda: bool(app.jobs.running))
+        await pilot.press("s")  # One job at a time.
+        assert len(app.jobs.all) == 2
+        await until(pilot, lambda: not app.jobs.running)
+        assert [job.error for job in app.jobs.all] == ["", ""]
+        assert (out / "config.json").is_file()
+        assert "held-out tokens" in text_of(app, "#result")
+        await pilot.press("o")
+        await until(pilot, lambda: bool(opened))
+        assert opened == [out.with_name(out.name + ".html").as_uri()]
+        assert Path(opened[0].removeprefix("file://")).is_file()
+
+    piloted(app, script)
+
+
+def test_a_measurement_that_is_stopped_says_so_and_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = lab_at(NOBODY, "quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        screen.query_one("#source", Input).value = "tiny"
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.facts is not None)
+        screen.query_one(OptionForm).fill("num_tokens", 64)
+        screen.query_one(OptionForm).fill("window", 16)
+        await pilot.press("escape", "e")
+        await until(pilot, lambda: bool(app.jobs.all) and app.jobs.all[0].progress is not None)
+        await pilot.press("x")
+        await until(pilot, lambda: app.jobs.all[0].state == "stopped")
+        assert "goes on" in text_of(app, "JobPanel")
+        await pilot.press("e")
+        await until(pilot, lambda: screen.table is not None)
+        assert app.jobs.all[1].state == "finished"
+
+    piloted(app, script, WIDE)
+
+
+def test_the_slider_moves_by_keys_and_mouse() -> None:
+    app = demo_lab("quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        await until(pilot, lambda: screen.allocation is not None)
+        slider = screen.query_one(BudgetSlider)
+        assert slider.value == 5.0
+        await pilot.press("right", "pageup")
+        assert slider.value == pytest.approx(5.55)
+        await pilot.press("home")
+        assert slider.value == slider.ends.low
+        await pilot.click(BudgetSlider, offset=(slider.size.width - 3, 0))
+        assert slider.value == slider.ends.high
+        await until(pilot, lambda: "8.5" in text_of(app, "#choice"))
+        await pilot.press("v", "v")
+        assert screen.query_one(BitsPane).has_class("-curve")
+
+    piloted(app, script)
+
+
+def test_a_recording_starts_nothing() -> None:
+    app = demo_lab("quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        await until(pilot, lambda: screen.allocation is not None)
+        await pilot.press("w", "e", "s")
+        await pilot.pause()
+        assert app.jobs.all == []
+
+    piloted(app, script)
+
+
+def test_offline_the_cache_is_offered_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(words: str) -> tuple[FoundModel, ...]:
+        raise ModelNotFound("the Hub does not answer")
+
+    monkeypatch.setattr(model_pane, "search_models", nobody)
+    cached = (
+        FoundModel(repo_id="acme/tiny", is_cached=True),
+        FoundModel(repo_id="acme/other", is_cached=True),
+    )
+    monkeypatch.setattr(model_pane, "cached_models", lambda: cached)
+    app = lab_at(NOBODY, "quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        app.screen.query_one("#source", Input).value = "tiny"
+        await pilot.press("enter")
+        await until(pilot, lambda: "does not answer" in text_of(app, "#said"))
+        found = app.screen.query_one("#found", DataTable)
+        assert found.row_count == 1
+        assert found.get_row_at(0)[0] == "acme/tiny"
+
+    piloted(app, script)
+
+
+def test_a_folder_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
+    app = lab_at(NOBODY, "quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        app.screen.query_one("#source", Input).value = str(tmp_path / "nothing")
+        await pilot.press("enter")
+        await until(pilot, lambda: "no config.json" in text_of(app, "#said"))
+        await pilot.press("escape", "e")
+        assert app.jobs.all == []
+        assert not app.screen.query_one(JobPanel).display
+
+    piloted(app, script)
+
+
+def test_a_value_out_of_bounds_is_said_at_once_and_starts_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = lab_at(NOBODY, "quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        screen.query_one("#source", Input).value = "tiny"
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.facts is not None)
+        screen.query_one(OptionForm).fill("num_tokens", 3)
+        await until(pilot, lambda: "at least 64" in text_of(app, "#about"))
+        screen.query_one("#measure", Button).press()
+        await pilot.pause()
+        assert app.jobs.all == []
+
+    piloted(app, script, WIDE)
+
+
+def test_a_sensitivity_file_is_opened_without_its_model(tmp_path: Path) -> None:
+    write_sensitivity(tmp_path / "s.json", recorded_table())
+    app = lab_at(NOBODY, "quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        screen.query_one("#source", Input).value = str(tmp_path / "s.json")
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.allocation is not None)
+        assert screen.query_one(TabbedContent).active == "bits"
+        assert screen.model == "dense-16m"
+
+    piloted(app, script)
+
+
+@pytest.mark.skipif(version("textual") != "8.2.8", reason="the pictures were made with Textual 8.2.8")
+@pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_the_recording_looks_as_before(snap_compare: Callable[..., bool], size: tuple[int, int]) -> None:
+    async def drawn(pilot: Pilot[Any]) -> None:
+        app = pilot.app
+        assert isinstance(app, LabApp)
+        await until(pilot, lambda: app.status is not None and "⠒" in text_of(app, "#curve"))
+        await pilot.pause(0.3)
+
+    assert snap_compare(demo_lab("quantize", until=1), terminal_size=size, run_before=drawn)
