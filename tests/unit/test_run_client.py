@@ -55,7 +55,7 @@ FAKE_SERVER = """\
 
 class _Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = msgspec.json.encode(STATUS) if self.path == "/optiq/status" else b"{}"
+        body = msgspec.json.encode(STATUS) if self.path == "/optiq/status" else b'{"ok": true}'
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
@@ -68,7 +68,7 @@ class _Answers(BaseHTTPRequestHandler):
 def url() -> Iterator[str]:
     """A server that says of itself what ours does."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
@@ -180,6 +180,17 @@ def test_what_cannot_be_had_is_said(
 ) -> None:
     assert main(["run", *words]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_another_program_on_the_default_port_is_passed_by_aloud(
+    url: str, started: Path, claude: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "_URL", f"{url}/something")
+    assert main(["run", "claude-code", "-m", "org/tiny"]) == 3
+    assert "passed by: " in capsys.readouterr().err
+    assert started.exists()
+    assert main(["run", "claude-code", "--url", f"{url}/something"]) != 0
+    assert "not as an optiq server of this version" in capsys.readouterr().err
 
 
 def test_a_given_url_is_never_left_for_another_server(url: str) -> None:

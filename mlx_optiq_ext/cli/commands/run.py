@@ -20,7 +20,7 @@ import msgspec
 from mlx_optiq_ext.cli.api_key import read_api_key
 from mlx_optiq_ext.cli.console import Console
 from mlx_optiq_ext.cli.running import ask_server
-from mlx_optiq_ext.errors import OptiqError, UsageError
+from mlx_optiq_ext.errors import EngineError, RequestError, UsageError
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_integrations.client import Client, Session, all_clients, find_client
 from mlx_optiq_integrations.facts import ClientFacts, assumed_facts, served_facts
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console.from_args(args)
     client = _find(args.client)
     options = shlex.split(args.serve_args)
-    choice = choose_server(_status_at(args, args.url), args.model, args.url, options)
+    choice = choose_server(_status_at(args, console), args.model, args.url, options)
     if args.api_key_file is not None:
         options += ["--api-key-file", args.api_key_file]
     command = () if choice.is_running else serve_command(choice.model, free_port(_PORT), options)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         facts = _facts(args, url, choice)
         for warning in client.warnings(facts):
             console.note(warning)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"optiq-{client.name}-")))
+        folder = Path(stack.enter_context(_temporary_folder(client.name)))
         session = _session(client, facts, folder)
         write_files(folder, session.files)
         return run_program([program, *session.argv, *args.passed_on], _environment(session))
@@ -119,34 +119,48 @@ def _find(name: str) -> Client:
     return client
 
 
+def _temporary_folder(name: str) -> "tempfile.TemporaryDirectory[str]":
+    # What a client leaves running may still write there.
+    return tempfile.TemporaryDirectory(prefix=f"optiq-{name}-", ignore_cleanup_errors=True)
+
+
 def _session(client: Client, facts: ClientFacts, folder: Path) -> Session:
     assert client.session is not None
     return client.session(facts, folder)
 
 
-def _status_at(args: argparse.Namespace, url: str | None) -> EngineStatus | None:
-    """What a server says of itself; None where none of ours answers at the default address."""
+def _status_at(args: argparse.Namespace, console: Console) -> EngineStatus | None:
+    """What a server says of itself; None where nobody answers at the default address, or none of ours."""
     try:
-        return msgspec.convert(_ask(args, url or _URL, "GET", "/optiq/status"), EngineStatus)
-    except (OptiqError, msgspec.ValidationError):
-        if url is not None:
+        return _status(args, args.url or _URL, "GET", "/optiq/status")
+    except EngineError:
+        if args.url is not None:
             raise
-        return None
+    except RequestError as error:
+        if args.url is not None:
+            raise
+        console.note(f"passed by: {error}")
+    return None
 
 
-def _ask(args: argparse.Namespace, url: str, method: str, path: str, body: object = None) -> object:
-    return ask_server(argparse.Namespace(url=url, api_key_file=args.api_key_file), method, path, body)
+def _status(args: argparse.Namespace, url: str, method: str, path: str, body: object = None) -> EngineStatus:
+    server = argparse.Namespace(url=url, api_key_file=args.api_key_file)
+    answer = ask_server(server, method, path, body)
+    try:
+        return msgspec.convert(answer, EngineStatus)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{url}: answers, but not as an optiq server of this version ({error})") from error
 
 
 def _facts(args: argparse.Namespace, url: str, choice: ServerChoice) -> ClientFacts:
     """What the server says of the model, which is loaded for it."""
-    status = msgspec.convert(_ask(args, url, "GET", "/optiq/status"), EngineStatus)
+    status = _status(args, url, "GET", "/optiq/status")
     name = named_as(status, choice.model) or ""
     key = read_api_key(args.api_key_file)
     facts = served_facts(status, url, name, key)
     if facts.is_assumed:
         body = {"model": name.partition("@")[0]}
-        status = msgspec.convert(_ask(args, url, "POST", "/optiq/models/load", body), EngineStatus)
+        status = _status(args, url, "POST", "/optiq/models/load", body)
         facts = served_facts(status, url, name, key)
     return facts
 
