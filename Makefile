@@ -20,7 +20,7 @@ test: lint
 
 test-clients: .venv/ready
 	$(BIN)/python tests/agents/install.py
-	$(BIN)/python -m pytest -m clients tests/agents
+	$(BIN)/python -m pytest -m clients tests/agents tests/tui/test_browser.py
 
 test-lowest: .venv-lowest/ready
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/patches

@@ -17,7 +17,10 @@ from mlx_optiq_tui.app import LabApp
 from mlx_optiq_tui.history import History
 from mlx_optiq_tui.monitor.log_panel import matches
 from mlx_optiq_tui.monitor.pictures import kv_picture, memory_picture, totals_picture
+from mlx_optiq_tui.themes import Inks
 from mlx_optiq_tui.widgets.marks import Part, columns, share_bar, sparkline
+
+INKS = Inks(accent="#0000ff", good="#0000ff", bad="bold #ff0000")
 
 
 def _row(tokens: int, **changed: Any) -> RowStatus:
@@ -102,12 +105,12 @@ def test_layers_that_do_not_fit_side_by_side_are_drawn_in_bands() -> None:
 def test_memory_and_failures_are_said_in_words() -> None:
     status = _status(1.0, memory_limit_nbytes=10**9, memory_nbytes=5 * 10**8, weights_nbytes=4 * 10**8)
     assert "500.0 MB of 1.00 GB" in memory_picture(status, 40).plain
-    failing = totals_picture(replace(status, requests_finished={"stop": 2, "Overloaded": 1}))
+    failing = totals_picture(replace(status, requests_finished={"stop": 2, "Overloaded": 1}), INKS)
     assert "1 Overloaded, 2 stop" in failing.plain
     styles = [
         str(span.style) for span in failing.spans if "Overloaded" in failing.plain[span.start : span.end]
     ]
-    assert styles == ["bold red"]
+    assert styles == ["bold #ff0000"]
 
 
 @pytest.mark.parametrize(
@@ -153,10 +156,13 @@ def test_a_real_engine_is_shown_while_it_answers(tmp_path: Path) -> None:
                 for first in range(8):
                     engine.submit(greedy((first, 2, 3), max_tokens=2000), lambda event: None)
                 table = app.screen.query_one("#rows", DataTable)
-                await until(pilot, lambda: table.row_count == 8)
+                await until(
+                    pilot,
+                    lambda: any("decode" in table.get_row_at(k) for k in range(table.row_count)),
+                )
                 assert app.status is not None
                 assert app.status.models[0].id == "tiny"
-                await until(pilot, lambda: "decode" in str(table.get_row_at(0)))
+                await until(pilot, lambda: max(app.history.decode) > 0)
 
             piloted(lab_at(url), script)
     finally:

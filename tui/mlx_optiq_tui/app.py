@@ -25,7 +25,7 @@ from mlx_optiq_tui.jobs import Job, Jobs
 from mlx_optiq_tui.lab_screen import LabScreen
 from mlx_optiq_tui.question import Question
 from mlx_optiq_tui.screens import installed_screens
-from mlx_optiq_tui.themes import DEFAULT_THEME, THEMES
+from mlx_optiq_tui.themes import DEFAULT_THEME, THEMES, Inks
 
 __all__ = ["LabApp"]
 
@@ -107,6 +107,11 @@ class LabApp(App[None]):
             self.connection = Connection(state="connected")
             if before == "lost":
                 self.notify(f"connected to {self.client.url}")
+
+    @property
+    def inks(self) -> Inks:
+        """For pictures made of text."""
+        return Inks.of(self.theme_variables)
 
     @property
     def waiting_words(self) -> str:

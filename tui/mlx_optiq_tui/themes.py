@@ -6,11 +6,28 @@ States differ by symbol and word too; colour only helps. Ramps of bits and sensi
 Source: M. Okabe and K. Ito, "Color Universal Design" (2008): blue, orange, vermillion, sky blue.
 """
 
+from collections.abc import Mapping
+
+import msgspec
 from textual.theme import Theme
 
-__all__ = ["DEFAULT_THEME", "THEMES"]
+__all__ = ["DEFAULT_THEME", "THEMES", "Inks"]
 
 DEFAULT_THEME = "optiq-dark"
+
+
+class Inks(msgspec.Struct, frozen=True, kw_only=True):
+    """Colours of the theme that is on, for pictures made of text."""
+
+    accent: str
+    good: str
+    bad: str
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str]) -> "Inks":
+        """Of the variables that a theme gives to CSS."""
+        return cls(accent=variables["primary"], good=variables["success"], bad=f"bold {variables['error']}")
+
 
 THEMES: tuple[Theme, ...] = (
     Theme(

@@ -9,11 +9,13 @@ from textual.containers import Vertical
 from textual.widgets import Input, RichLog
 
 from mlx_optiq_ext.types.port import LogLine
+from mlx_optiq_tui.lab import lab_of
+from mlx_optiq_tui.themes import Inks
 
 __all__ = ["LogPanel", "matches"]
 
 _KEPT = 2000
-_LEVEL_STYLES = {"WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
+_BAD = ("WARNING", "ERROR", "CRITICAL")
 
 
 class LogPanel(Vertical):
@@ -57,7 +59,7 @@ class LogPanel(Vertical):
 
     def _write(self, line: LogLine) -> None:
         log = self.query_one(RichLog)
-        log.write(_drawn(line), width=max(log.scrollable_content_region.width, 20))
+        log.write(_drawn(line, lab_of(self).inks), width=max(log.scrollable_content_region.width, 20))
 
 
 def matches(line: LogLine, words: str) -> bool:
@@ -66,7 +68,7 @@ def matches(line: LogLine, words: str) -> bool:
     return all(word in text for word in words.lower().split())
 
 
-def _drawn(line: LogLine) -> Text:
+def _drawn(line: LogLine, inks: Inks) -> Text:
     text = Text(time.strftime("%H:%M:%S ", time.localtime(line.time)), "dim")
-    text.append(f"{line.level:<8}", _LEVEL_STYLES.get(line.level, "dim"))
+    text.append(f"{line.level:<8}", inks.bad if line.level in _BAD else "dim")
     return text.append(line.text)

@@ -11,6 +11,7 @@ from mlx_optiq_ext.types.nbytes import format_nbytes
 from mlx_optiq_ext.types.palette import bits_color, ramp_color
 from mlx_optiq_ext.types.status import EngineStatus, LayerBytes, RowStatus
 from mlx_optiq_tui.history import History
+from mlx_optiq_tui.themes import Inks
 from mlx_optiq_tui.widgets.marks import Part, columns, legend, share_bar, sparkline
 
 __all__ = ["kv_picture", "memory_picture", "row_cells", "speed_picture", "totals_picture"]
@@ -21,7 +22,7 @@ _SPARK = 10
 _MEMORY_COLORS = tuple(ramp_color(share) for share in (0.95, 0.72, 0.5, 0.3))
 
 
-def speed_picture(status: EngineStatus, history: History, width: int) -> Text:
+def speed_picture(status: EngineStatus, history: History, width: int, inks: Inks) -> Text:
     """Speed, time to the first token, batch and queue: one line each, number and series."""
     running = sum(row.state != "queued" for row in status.rows)
     waiting = len(status.rows) - running
@@ -37,12 +38,12 @@ def speed_picture(status: EngineStatus, history: History, width: int) -> Text:
         head = f"{label:<12}{value:<15}"
         text.append(f"{label:<12}", "dim")
         text.append(f"{value:<15}", "bold")
-        text.append(sparkline(series, max(width - len(head), 0), most), "cyan")
+        text.append(sparkline(series, max(width - len(head), 0), most), inks.accent)
         text.append("\n")
     text.append(f"{'queue':<12}", "dim")
     text.append(f"{waiting:3d} of {status.queue_limit:3d}", "bold")
     if status.restarts:
-        text.append(f"   batch rebuilt {status.restarts} times", "bold red")
+        text.append(f"   batch rebuilt {status.restarts} times", inks.bad)
     return text
 
 
@@ -69,7 +70,7 @@ def memory_picture(status: EngineStatus, width: int) -> Text:
     return text
 
 
-def totals_picture(status: EngineStatus) -> Text:
+def totals_picture(status: EngineStatus, inks: Inks) -> Text:
     """Prefix cache and counts since the start."""
     cache = status.prefix_cache
     text = Text(no_wrap=True, overflow="ellipsis")
@@ -86,7 +87,7 @@ def totals_picture(status: EngineStatus) -> Text:
     text.append("\nrequests ", "dim")
     text.append(f"{status.requests_total}")
     for reason, number in sorted(ended.items()):
-        text.append(f", {number} {reason}", "" if reason in good else "bold red")
+        text.append(f", {number} {reason}", "" if reason in good else inks.bad)
     text.append("\ntokens ", "dim")
     text.append(f"{status.prompt_tokens_total} in, {status.completion_tokens_total} out")
     return text

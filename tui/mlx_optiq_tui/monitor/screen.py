@@ -147,9 +147,9 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
         if status is None:
             return
         speed, memory = self.query_one("#speed", Static), self.query_one("#memory", Static)
-        speed.update(speed_picture(status, self.lab.history, speed.content_size.width or 76))
+        speed.update(speed_picture(status, self.lab.history, speed.content_size.width or 76, self.lab.inks))
         memory.update(memory_picture(status, memory.content_size.width or 76))
-        self.query_one("#totals", Static).update(totals_picture(status))
+        self.query_one("#totals", Static).update(totals_picture(status, self.lab.inks))
         caches = self.query_one("#caches", Static)
         size = caches.content_size
         caches.update(kv_picture(status.kv_layers, size.width or 76, size.height or 8))

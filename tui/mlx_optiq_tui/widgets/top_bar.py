@@ -7,11 +7,11 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
 from mlx_optiq_ext.types.nbytes import format_nbytes
-from mlx_optiq_ext.types.status import EngineStatus
-from mlx_optiq_tui.connection import Connection
 from mlx_optiq_tui.lab import lab_of
 
 __all__ = ["TopBar"]
+
+_SIGNS = {"connecting": "◌", "connected": "●", "lost": "✕"}
 
 
 class _Tab(Static):
@@ -54,31 +54,33 @@ class TopBar(Vertical):
         lab = lab_of(self)
         self.watch(lab, "status", self._draw)
         self.watch(lab, "connection", self._draw)
+        self.watch(lab, "theme", self._draw)
         lab.job_signal.subscribe(self, self._draw)
 
     def _draw(self, *_: object) -> None:
+        self.query_one("#state", Static).update(self._state_line())
+
+    def _state_line(self) -> Text:
+        """What the second line says, the most important first, for it may be cut."""
         lab = lab_of(self)
-        self.query_one("#state", Static).update(
-            state_line(lab.connection, lab.status, lab.client.url, [job.title for job in lab.jobs.running])
+        state, inks = lab.connection.state, lab.inks
+        style = {"connected": inks.good, "lost": inks.bad}.get(state, "")
+        shown = lab.status if state == "connected" else None
+        text = Text(no_wrap=True, overflow="ellipsis")
+        text.append(f" {_SIGNS[state]} ", style)
+        text.append(
+            f"{shown.state if shown else lab.connection.words(lab.client.url)}  ", "" if shown else style
         )
-
-
-_SIGNS = {"connecting": "◌", "connected": "●", "lost": "✕"}
-
-
-def state_line(connection: Connection, status: EngineStatus | None, url: str, jobs: list[str]) -> Text:
-    """What the second line says, the most important first, for it may be cut."""
-    style = {"connected": "green", "lost": "bold red"}.get(connection.state, "")
-    text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(f" {_SIGNS[connection.state]} ", style)
-    shown = status if connection.state == "connected" else None
-    text.append(f"{shown.state if shown else connection.words(url)}  ", "" if shown else style)
-    if jobs:
-        text.append(f"⚙ {jobs[0]}" + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else "") + "  ", "bold")
-    if shown:
-        loaded = [model.id for model in shown.models if model.loaded]
-        running = sum(row.state != "queued" for row in shown.rows)
-        text.append(", ".join(loaded) or "no model loaded", "bold")
-        text.append(f"  {format_nbytes(shown.memory_nbytes)} of {format_nbytes(shown.memory_limit_nbytes)}")
-        text.append(f"  {running} running, {len(shown.rows) - running} waiting")
-    return text
+        jobs = lab.jobs.running
+        if jobs:
+            more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+            text.append(f"⚙ {jobs[0].title}{more}  ", "bold")
+        if shown:
+            loaded = [model.id for model in shown.models if model.loaded]
+            running = sum(row.state != "queued" for row in shown.rows)
+            text.append(", ".join(loaded) or "no model loaded", "bold")
+            text.append(
+                f"  {format_nbytes(shown.memory_nbytes)} of {format_nbytes(shown.memory_limit_nbytes)}"
+            )
+            text.append(f"  {running} running, {len(shown.rows) - running} waiting")
+        return text
