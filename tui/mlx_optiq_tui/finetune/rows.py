@@ -1,0 +1,138 @@
+"""Rows of a data set while it is written: templates, what is wrong with each, how one is edited.
+
+The rules are those of training (``formats.examples``). Knows no file and no widget.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from mlx_optiq_ext.errors import UsageError
+from mlx_optiq_ext.formats.dataset import content_hash
+from mlx_optiq_ext.formats.examples import Example, parse_preference, parse_sft
+from mlx_optiq_tui.finetune.turns import is_plain, text_of_turns, turns_of_text
+
+__all__ = [
+    "FORMS_OF",
+    "Form",
+    "Method",
+    "Row",
+    "example_of",
+    "fields_of",
+    "form_of",
+    "problems_of",
+    "row_of_fields",
+    "row_words",
+    "template",
+]
+
+Method: TypeAlias = Literal["sft", "dpo"]
+Form: TypeAlias = Literal["chat", "completion", "text", "preference", "json"]
+Row: TypeAlias = dict[str, Any]
+
+FORMS_OF: dict[Method, tuple[Form, ...]] = {"sft": ("chat", "completion", "text"), "dpo": ("preference",)}
+"""Forms that are offered for a new row."""
+
+_FIELDS: dict[Form, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "json": ("row",),
+}
+_TEMPLATES: dict[Form, Row] = {
+    "chat": {
+        "messages": [
+            {"role": "system", "content": "You answer in one sentence."},
+            {"role": "user", "content": "Where is the Eiffel Tower?"},
+            {"role": "assistant", "content": "The Eiffel Tower stands in Paris."},
+        ]
+    },
+    "completion": {"prompt": "Where is the Eiffel Tower?", "completion": "It stands in Paris."},
+    "text": {"text": "The Eiffel Tower stands in Paris, on the Champ de Mars."},
+    "preference": {
+        "prompt": "Where is the Eiffel Tower?",
+        "chosen": "It stands in Paris.",
+        "rejected": "Towers stand in many places.",
+    },
+}
+
+
+def template(form: Form) -> Row:
+    """A row to begin with."""
+    copy: Row = msgspec.json.decode(msgspec.json.encode(_TEMPLATES[form]))
+    return copy
+
+
+def form_of(row: Row) -> Form:
+    """How a row is edited: by fields where they say all of it, else as JSON."""
+    for form, wanted in _FIELDS.items():
+        if row.keys() == set(wanted):
+            if form == "chat":
+                return "chat" if is_plain(row["messages"]) else "json"
+            if all(isinstance(row[name], str) for name in wanted):
+                return form
+    return "json"
+
+
+def fields_of(row: Row) -> dict[str, str]:
+    """The texts that are edited, by name."""
+    form = form_of(row)
+    if form == "chat":
+        return {"messages": text_of_turns(row["messages"])}
+    if form == "json":
+        return {"row": msgspec.json.format(msgspec.json.encode(row), indent=2).decode()}
+    return {name: row[name] for name in _FIELDS[form]}
+
+
+def row_of_fields(form: Form, fields: dict[str, str]) -> Row:
+    """The row that edited texts make.
+
+    Raises:
+        UsageError: The JSON is none, or no heading names a role.
+    """
+    if form == "chat":
+        turns = turns_of_text(fields["messages"])
+        if not turns:
+            raise UsageError("no heading names a role; write ## user and ## assistant above what they say")
+        return {"messages": turns}
+    if form == "json":
+        try:
+            return msgspec.json.decode(fields["row"], type=Row)
+        except msgspec.MsgspecError as error:
+            raise UsageError(f"not a JSON object ({error})") from error
+    return dict(fields)
+
+
+def example_of(row: Row, method: Method, where: str) -> Example | str:
+    """The example that training reads, or what is wrong with the row."""
+    return parse_sft(row, where) if method == "sft" else parse_preference(row, where)
+
+
+def problems_of(rows: Sequence[Row], method: Method) -> dict[int, str]:
+    """What is wrong, by index: rows that cannot be used, and rows that repeat an earlier one."""
+    problems: dict[int, str] = {}
+    first: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        example = example_of(row, method, "")
+        if isinstance(example, str):
+            problems[index] = example
+            continue
+        before = first.setdefault(content_hash(example), index)
+        if before != index:
+            problems[index] = f"repeats line {before + 1}"
+    return problems
+
+
+def row_words(row: Row, width: int = 60) -> str:
+    """The beginning of a row, for a list."""
+    form = form_of(row)
+    if form == "chat":
+        said = [turn["content"] for turn in row["messages"] if turn["role"] != "system"]
+    elif form == "json":
+        said = [msgspec.json.encode(row).decode()]
+    else:
+        said = [row[name] for name in _FIELDS[form]]
+    words = " → ".join(" ".join(text.split()) for text in said)
+    return words if len(words) <= width else words[: width - 1] + "…"
