@@ -122,7 +122,10 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
                 "with more --memory or a smaller KV cache (--kv-config)"
             )
         if self.program and not facts.calls_tools:
-            found.append(f"{facts.model} has no tool calls in its chat template; {self.title} needs them")
+            found.append(
+                f"{facts.model} has no tool calls in its chat template: {self.title} lives on them, and the "
+                "server describes its tools in a system text, which the model may not heed"
+            )
         return tuple(found)
 
 
