@@ -90,6 +90,46 @@ def test_a_signal_reaches_the_program_and_we_wait_for_its_end(
         assert process.wait(_PATIENCE_S) == code
 
 
+def test_ctrl_c_of_a_terminal_reaches_the_program_once(tmp_path: Path) -> None:
+    program = _program(
+        tmp_path,
+        f"""
+        import signal, sys, time
+        seen = []
+        signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+        print("up", flush=True)
+        deadline = time.monotonic() + {_PATIENCE_S}
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        sys.exit(40 + len(seen))
+        """,
+    )
+    # The session's leader takes the terminal as its own, as a shell's would be.
+    caller = f"""
+        import fcntl, os, sys, termios
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        from mlx_optiq_integrations.launch import run_program
+        sys.exit(run_program({program!r}, os.environ))
+    """
+    (tmp_path / "caller").mkdir()
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    keyboard, terminal = os.openpty()
+    with subprocess.Popen(
+        _program(tmp_path / "caller", caller),
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        env=paths,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        os.write(keyboard, b"\x03")
+        assert process.wait(_PATIENCE_S) == 41
+    os.close(keyboard)
+    os.close(terminal)
+
+
 def test_a_missing_program_says_how_to_install_it() -> None:
     with pytest.raises(
         UsageError, match="no-such-agent is not installed; install it with `npm i no-such-agent`"
