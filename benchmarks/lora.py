@@ -32,6 +32,7 @@ from mlx_optiq_ext.types.training import TrainOptions  # noqa: E402
 
 DATA = Path(__file__).parent / "data" / "lora_task.jsonl"
 CONSTANT = "constant"
+FACTS = ("rank", "steps", "batch_size", "learning_rate", "validation_share", "seeds")
 
 
 def main() -> int:
@@ -44,13 +45,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--validation-share", type=float, default=0.2)
+    parser.add_argument("--rules", nargs="+", help="only these of constant, by_sensitivity, by_bits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     base = resolve_model(args.base)
     facts = {
         "model": Path(args.base).name,
         "bits_per_weight": stored_bits(Path(args.base)),
-        **{name: getattr(args, name) for name in ("rank", "steps", "batch_size", "learning_rate", "seeds")},
+        **{name: getattr(args, name) for name in FACTS},
         "version": __version__,
     }
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -64,7 +67,7 @@ def main() -> int:
                 steps=args.steps,
                 batch_size=args.batch_size,
                 learning_rate=args.learning_rate,
-                validation_share=0.2,
+                validation_share=args.validation_share,
                 validate_every=args.steps // 2,
                 seed=seed,
             )
@@ -88,7 +91,7 @@ def rules(args: argparse.Namespace) -> dict[str, AdapterOptions]:
         found["by_sensitivity, started by the error"] = AdapterOptions(
             rank_scaling="by_sensitivity", **started
         )
-    return found
+    return {name: found[name] for name in args.rules or found}
 
 
 def train(base: ModelRef, adapter: AdapterOptions, options: TrainOptions) -> dict[str, Any]:
