@@ -36,6 +36,10 @@ PROMPT = "In two sentences: why is the sky blue?"
 SHOTS = {
     "monitor": Shot("monitor", shows="out="),
     "adapters": Shot("adapters", shows="rank"),
+    "quantize": Shot("quantize", "right", "right", shows="⠒"),
+    "finetune": Shot("finetune", "r", shows="validation"),
+    "quantize": Shot("quantize", shows="chosen, predicted"),
+    "finetune": Shot("finetune", "r", shows="update 120 of 120"),
     "integrations": Shot("integrations", "down", "down", shows="ANTHROPIC_BASE_URL"),
     "compare": Shot("adapters", "c", *PROMPT, "enter", "escape", shows="matey"),
 }
