@@ -13,7 +13,7 @@ from support_models import save_model_folder, tiny_model
 from support_training import CHAT_TEMPLATE
 from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, until
 from textual.pilot import Pilot
-from textual.widgets import Checkbox, DataTable, Input, Static, TextArea
+from textual.widgets import DataTable, Input, Static, TextArea
 
 from mlx_optiq_ext.types.status import AdapterStatus
 from mlx_optiq_tui.app import LabApp
@@ -154,6 +154,24 @@ def test_rows_are_added_edited_checked_and_deleted() -> None:
     piloted(lab_at(NOBODY, "finetune"), script)
 
 
+def test_a_long_list_is_cut_and_its_last_row_is_edited_all_the_same() -> None:
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        data = screen.query_one(DataPane)
+        data.rows += [{"text": f"number {index}"} for index in range(2000)]
+        data.draw()
+        await pilot.press("n")
+        await until(pilot, lambda: isinstance(app.screen, RowEditor))
+        app.screen.query_one(TextArea).text = "## user\nHi\n## assistant\nHello"
+        await pilot.press("f10")
+        await until(pilot, lambda: app.screen is screen)
+        assert data.rows[2000]["messages"][0]["content"] == "Hi"
+        assert screen.query_one(DataTable).row_count == 2000
+        assert "2001 rows, nothing wrong; the first 2000 are listed" in text_of(screen, "#problems")
+
+    piloted(lab_at(NOBODY, "finetune"), script)
+
+
 def test_an_import_that_fails_is_said(folder: Path) -> None:
     async def script(pilot: Pilot[Any], app: LabApp) -> None:
         screen = screen_of(app)
@@ -186,7 +204,7 @@ def test_the_form_gives_flags_of_what_was_changed_alone() -> None:
         form.fill("rank", 4)
         form.fill("learning_rate", "1e-3")
         form.fill("dpo_loss", "ipo")
-        form.query_one("#option-grad_checkpoint", Checkbox).value = True
+        form.fill("grad_checkpoint", True)
         assert form.flags() == (
             *("--rank", "4", "--learning-rate", "0.001", "--grad-checkpoint", "--dpo-loss", "ipo"),
         )

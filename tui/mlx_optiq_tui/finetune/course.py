@@ -52,7 +52,11 @@ class Course:
         step = self.newest
         if step is None:
             return "no update yet"
-        left = "" if step.seconds_left is None else f", {format_duration(step.seconds_left)} left"
+        left = (
+            ""
+            if step.seconds_left is None or step.done >= step.total
+            else f", {format_duration(step.seconds_left)} left"
+        )
         lines = [f"update {step.done} of {step.total}{left}"]
         lines.append(" · ".join(_figures(step.values)))
         return "\n".join(lines)

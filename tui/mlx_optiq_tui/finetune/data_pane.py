@@ -21,6 +21,8 @@ from mlx_optiq_tui.finetune.splits import Split, save_split, split_rows
 __all__ = ["DataPane"]
 
 _SHOWN_PROBLEMS = 2
+_SHOWN_ROWS = 2000
+"""Listed; those behind are checked and saved all the same."""
 
 
 class DataPane(Vertical):
@@ -117,7 +119,7 @@ class DataPane(Vertical):
     @on(DataTable.RowSelected)
     def _row_selected(self, event: DataTable.RowSelected) -> None:
         event.stop()
-        self.edit()
+        self.edit(self.here)
 
     @on(Input.Submitted, "#path")
     def _path_given(self, event: Input.Submitted) -> None:
@@ -130,11 +132,14 @@ class DataPane(Vertical):
         form = next((each for each in forms if each == self.query_one("#form", Select).value), forms[0])
         self.rows.append(template(form))
         self.draw(len(self.rows) - 1)
-        self.edit()
+        self.edit(len(self.rows) - 1)
 
-    def edit(self) -> None:
-        """Edit the row under the cursor."""
-        place = self.here
+    def edit(self, place: int | None) -> None:
+        """Edit a row.
+
+        Args:
+            place: Its index; None edits nothing.
+        """
         if place is None:
             return
 
@@ -205,17 +210,24 @@ class DataPane(Vertical):
         table = self.query_one(DataTable)
         problems = problems_of(self.rows, self.method)
         table.clear()
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows[:_SHOWN_ROWS]):
             table.add_row(str(index + 1), form_of(row), "✕" if index in problems else "✓", row_words(row))
         if cursor is not None and self.rows:
-            table.move_cursor(row=max(cursor, 0))
+            table.move_cursor(row=min(max(cursor, 0), _SHOWN_ROWS - 1))
             table.focus()
         said = [f"line {index + 1}: {problem}" for index, problem in problems.items()] + list(self._said)
         more = [f"and {len(said) - _SHOWN_PROBLEMS} more"] if len(said) > _SHOWN_PROBLEMS else []
-        words = "\n".join([*said[:_SHOWN_PROBLEMS], *more]) or f"{len(self.rows)} rows, nothing wrong"
+        words = (
+            "\n".join([*said[:_SHOWN_PROBLEMS], *more])
+            or f"{len(self.rows)} rows, nothing wrong{_unlisted(len(self.rows))}"
+        )
         self.query_one("#problems", Static).update(
             words if self.rows or said else "no rows yet: add one from a template (n), or import a file (i)"
         )
+
+
+def _unlisted(count: int) -> str:
+    return f"; the first {_SHOWN_ROWS} are listed" if count > _SHOWN_ROWS else ""
 
 
 def _choices(method: Method) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ class LossPlot(PlotextPlot):
         if course.valid:
             steps = sorted(course.valid)
             losses = [course.valid[step] for step in steps]
-            plot.scatter(steps, losses, marker="◆", color=_VALID, label="validation ◆")
+            plot.scatter(steps, losses, marker="◆", color=_VALID, label="validation")
         plot.xlabel("update")
         plot.ylabel("loss")
         self.refresh()

@@ -11,7 +11,7 @@ from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, VerticalScroll
 from textual.widget import Widget
-from textual.widgets import Checkbox, Input, Label, Select, Static
+from textual.widgets import Input, Label, Select, Static
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.arguments import Option, check_value, flag_name, options_of
@@ -69,9 +69,7 @@ class OptionForm(VerticalScroll):
     def fill(self, name: str, value: object) -> None:
         """Put a value into a field."""
         field = self.query_one(f"#option-{name}")
-        if isinstance(field, Checkbox):
-            field.value = bool(value)
-        elif isinstance(field, Select):
+        if isinstance(field, Select):
             field.value = value
         elif isinstance(field, Input):
             field.value = str(value)
@@ -83,9 +81,9 @@ class OptionForm(VerticalScroll):
     def on_input_changed(self, event: Input.Changed) -> None:
         """Say at once what is wrong with a value."""
         event.stop()
-        self._say((event.input.id or "").removeprefix("option-"))
+        self._say((event.input.id or "").removeprefix("option-"), only_wrong=not event.input.has_focus)
 
-    def _say(self, name: str) -> None:
+    def _say(self, name: str, *, only_wrong: bool = False) -> None:
         option = self.options.get(name)
         if option is None:
             return
@@ -96,12 +94,13 @@ class OptionForm(VerticalScroll):
             about.update(str(error))
             about.add_class("-wrong")
         else:
-            about.update(f"{option.description} It takes {option.wanted}.")
-            about.remove_class("-wrong")
+            if not only_wrong:
+                about.update(f"{option.description} It takes {option.wanted}.")
+                about.remove_class("-wrong")
 
     def _value(self, option: Option) -> Any:
         field = self.query_one(f"#option-{option.name}")
-        if isinstance(field, Checkbox | Select):
+        if isinstance(field, Select):
             return option.default if field.value == _UNSAID else field.value
         assert isinstance(field, Input)
         text = field.value.strip()
@@ -114,7 +113,9 @@ def _field(option: Option) -> Widget:
     """The field of one option, filled with its default."""
     id = f"option-{option.name}"
     if option.kind is bool:
-        return Checkbox(value=bool(option.default), id=id, compact=True)
+        # Not a check box: there, a colour alone tells yes from no.
+        answers = [("no", False), ("yes", True)]
+        return Select(answers, value=bool(option.default), allow_blank=False, id=id, compact=True)
     if get_origin(option.kind) is not None and get_origin(option.kind) is not tuple:
         choices = [(str(choice), choice) for choice in get_args(option.kind)]
         if option.default is None:
