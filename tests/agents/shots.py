@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from agents.scripted_server import Rule
 
-__all__ = ["COUNT", "RULES", "SHOTS", "TOOL_ANSWER", "USE_TOOL", "Shot"]
+__all__ = ["COUNT", "OWN_FILES", "RULES", "SHOTS", "TOOL_ANSWER", "USE_TOOL", "Shot"]
 
 USE_TOOL = "USE-TOOL once, then say what it said."
 COUNT = "COUNT-SLOWLY, please."
@@ -54,10 +54,41 @@ SHOTS = {
         _claude, "Bash", {"command": _COMMAND}, lambda question: _claude(question, "Bash"), stop_code=0
     ),
     "codex": Shot(_codex, "exec_command", {"cmd": _COMMAND}, _codex, stop_code=1),
-    "opencode": Shot(_opencode, "bash", {"command": _COMMAND, "description": "Print"}, _opencode),
+    "opencode": Shot(
+        _opencode,
+        "bash",
+        {"command": _COMMAND, "description": "Print"},
+        None,
+        "it compacts its 7,600 tokens again and again",
+    ),
     "hermes": Shot(_hermes, "terminal", {"command": _COMMAND}, None, "it refuses less than 64,000 tokens"),
     "openclaw": Shot(_openclaw, "exec", {"command": _COMMAND}, None, "its leanest prompt has 9,000 tokens"),
 }
+
+_ELSEWHERE = "http://127.0.0.1:9"
+OWN_FILES = {
+    "home/.claude/settings.json": {
+        "env": {"ANTHROPIC_BASE_URL": _ELSEWHERE, "ANTHROPIC_MODEL": "other"},
+        "permissions": {"defaultMode": "plan"},
+    },
+    "home/.codex/config.toml": f"""\
+        model = "other"
+        model_provider = "elsewhere"
+        [model_providers.elsewhere]
+        name = "elsewhere"
+        base_url = "{_ELSEWHERE}/v1"
+        wire_api = "responses"
+    """,
+    "home/.hermes/config.yaml": {"model": {"default": "other", "provider": "custom", "base_url": _ELSEWHERE}},
+    "home/.openclaw/openclaw.json": {"agents": {"defaults": {"model": {"primary": "elsewhere/other"}}}},
+    "project/opencode.json": {
+        # OpenCode itself adds it where it is missing.
+        "$schema": "https://opencode.ai/config.json",
+        "model": "elsewhere/other",
+        "provider": {"optiq": {"options": {"baseURL": f"{_ELSEWHERE}/v1"}}},
+    },
+}
+"""Configuration of the user's that leads elsewhere; a session must neither follow nor change it."""
 
 
 def _call(shot: Shot) -> str:

@@ -1,17 +1,19 @@
 """Real clients, started by ``optiq run``, against a live server: answers, tools, prefixes, leaving."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from agents.install import CLIENTS, Client
-from agents.shots import COUNT, SHOTS, TOOL_ANSWER, USE_TOOL
+from agents.shots import COUNT, OWN_FILES, SHOTS, TOOL_ANSWER, USE_TOOL
 from agents.watch import Live
 
 pytestmark = pytest.mark.clients
@@ -33,16 +35,21 @@ def client(request: pytest.FixtureRequest) -> Client:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    folder = tmp_path / "home"
-    folder.mkdir()
-    return folder
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A user's, with files that lead elsewhere; beside it a project."""
+    texts = {
+        tmp_path / name: textwrap.dedent(text) if isinstance(text, str) else json.dumps(text)
+        for name, text in OWN_FILES.items()
+    }
+    for file, text in texts.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    yield tmp_path / "home"
+    assert {file: file.read_text() for file in texts} == texts, "nothing of the user's is touched"
 
 
 def _run(client: Client, words: Sequence[str], home: Path) -> "subprocess.Popen[str]":
-    """``optiq run`` in an empty project, with a home of its own, in a process group of its own."""
-    project = home.parent / "project"
-    project.mkdir(exist_ok=True)
+    """``optiq run`` in a project, with a home of its own, in a process group of its own."""
     program = (client.folder / client.program).parent
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), _NOBODY)
     env = {
@@ -56,7 +63,7 @@ def _run(client: Client, words: Sequence[str], home: Path) -> "subprocess.Popen[
     }
     return subprocess.Popen(
         [sys.executable, "-m", "mlx_optiq_ext", "run", client.name, *words],
-        cwd=project,
+        cwd=home.parent / "project",
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -70,8 +77,9 @@ def _end(process: "subprocess.Popen[str]", timeout_s: float = _PATIENCE_S) -> tu
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        # It stops the client, then what it started.
+        process.terminate()
+        out, err = process.communicate(timeout=60.0)
     return process.returncode, out, err
 
 
