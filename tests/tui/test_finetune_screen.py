@@ -8,13 +8,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from support_http import live
 from support_models import save_model_folder, tiny_model
+from support_serving import engine_on, spec_of, tiny_folder
 from support_training import CHAT_TEMPLATE
 from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, until
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Static, TextArea
 
+from mlx_optiq_ext.lora.factors import Adapter, Factors
+from mlx_optiq_ext.lora.files import write_adapter
+from mlx_optiq_ext.types.adapter import AdapterConfig
+from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_ext.types.status import AdapterStatus
 from mlx_optiq_tui.app import LabApp
 from mlx_optiq_tui.finetune.data_pane import DataPane
@@ -102,6 +109,32 @@ def test_rows_become_data_a_plan_and_an_adapter(folder: Path, monkeypatch: pytes
         assert opened == [(folder / "adapter").as_uri()]
 
     piloted(app, script)
+
+
+def test_an_adapter_is_mounted_into_a_real_server_whose_model_is_offered_as_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = "model.layers.0.self_attn.q_proj"
+    shelf, model = tmp_path / "shelf", tiny_folder(tmp_path / "tiny")
+    config = AdapterConfig(ranks={path: 2}, scale=1.0)
+    write_adapter(shelf / "mine", Adapter(config, {path: Factors(mx.ones((128, 2)), mx.ones((2, 128)))}))
+    engine = engine_on(spec_of(model), adapters_dir=(str(shelf),))
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        pane = screen_of(app).query_one(TrainPane)
+        await until(pilot, lambda: pane.field("base") == model.name)
+        pane.fill("adapter", str(shelf / "mine"))
+        await pilot.press("u")
+        await until(pilot, lambda: app.status is not None and bool(app.status.adapters))
+        assert app.status is not None
+        assert (app.status.adapters[0].name, app.status.adapters[0].rank) == ("mine", 2)
+
+    try:
+        with live(engine, ServeOptions(adapters_dir=(str(shelf),))) as url:
+            piloted(lab_at(url, "finetune"), script)
+    finally:
+        engine.close()
 
 
 def test_a_training_that_is_stopped_goes_on(folder: Path) -> None:

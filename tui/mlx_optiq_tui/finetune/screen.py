@@ -15,6 +15,7 @@ from textual.binding import Binding, BindingType
 from textual.widgets import TabbedContent, TabPane
 
 from mlx_optiq_ext.errors import OptiqError, UsageError
+from mlx_optiq_ext.hub.adapters import is_hub_id
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.finetune.course import Course
 from mlx_optiq_tui.finetune.data_pane import DataPane
@@ -105,9 +106,9 @@ Long work goes on when this screen is left."""
             self._scratch.cleanup()
 
     def status_changed(self, status: EngineStatus | None) -> None:
-        """Offer the model that the server has loaded as the base."""
+        """Offer the model that the server has loaded as the base, where its name leads to it from here."""
         loaded = [model.source for model in status.models if model.loaded] if status else []
-        if loaded:
+        if loaded and (is_hub_id(loaded[0]) or Path(loaded[0]).is_dir()):
             self.query_one(TrainPane).fill("base", loaded[0], replace=False)
 
     @on(DataPane.Saved)
