@@ -130,10 +130,17 @@ class RequestError(OptiqError):
 
 
 class PromptTooLong(RequestError):
-    """A prompt has more tokens than the context."""
+    """A prompt has more tokens than the context; clients read both numbers out of the words.
 
-    def __init__(self, num_tokens: int, limit: int) -> None:
-        super().__init__(f"prompt is too long: {num_tokens} tokens > {limit} maximum")
+    Args:
+        num_tokens: Of the prompt.
+        limit: Of the context.
+        is_least: The prompt was not tokenized; it has this many tokens or more.
+    """
+
+    def __init__(self, num_tokens: int, limit: int, *, is_least: bool = False) -> None:
+        more = " (at least: a text of this length is not tokenized)" if is_least else ""
+        super().__init__(f"prompt is too long: {num_tokens} tokens > {limit} maximum{more}")
         self.num_tokens = num_tokens
         self.limit = limit
 

@@ -93,8 +93,11 @@ def reasoning(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, ReasoningDelta))
 
 
-def calls(events: list[Event]) -> list[tuple[str, str]]:
-    """Name and arguments of every call, after checking that its events are in order and agree."""
+def calls(events: list[Event], *, is_cut: bool = False) -> list[tuple[str, str]]:
+    """Name and arguments of every call, after checking that its events are in order and agree.
+
+    Where the answer was cut, the last one may have no end; it is left out.
+    """
     found: list[tuple[str, str]] = []
     start: ToolCallStart | None = None
     told = ""
@@ -117,5 +120,15 @@ def calls(events: list[Event]) -> list[tuple[str, str]]:
             start = None
         else:
             assert start is None
-    assert start is None
+    assert start is None or is_cut
     return found
+
+
+def cut_call(events: list[Event]) -> tuple[str, str] | None:
+    """Name and beginning of the arguments of the call that has no end."""
+    ended = {event.index for event in events if isinstance(event, ToolCallEnd)}
+    for start in events:
+        if isinstance(start, ToolCallStart) and start.index not in ended:
+            told = [e.arguments for e in events if isinstance(e, ToolCallDelta) and e.index == start.index]
+            return start.name, "".join(told)
+    return None

@@ -127,10 +127,11 @@ class AnswerDecoder:
         return self._take(self._held())
 
     def finish(self, reason: Literal["stop", "length", "cancelled"]) -> list[Event]:
-        """The row ended: tell what was held back, close an open call.
+        """The row ended: tell what was held back, end an open call where the model ended by itself.
 
         Args:
-            reason: How it ended; after ``stop`` a forgotten end marker does not keep a call from being one.
+            reason: How it ended; after ``stop`` a forgotten end marker does not keep a call from being one,
+                otherwise the call that is open was cut and gets no end.
         """
         if self.stop_sequence is None:
             self._detokenizer.finalize()
@@ -141,7 +142,7 @@ class AnswerDecoder:
                 self._route(held)
             self._close_block("", is_whole=reason == "stop")
             if self._bare is not None:
-                self._show(self._bare.close())
+                self._show(self._bare.close(is_whole=reason == "stop"))
                 self._tell_calls()
             if not self._has_shown and not self.num_calls:
                 self._show("".join(self._unshown))

@@ -31,7 +31,7 @@ def require_tokenizable(request: Generation, context: int, longest: int) -> None
     """
     least = _characters(request) // longest
     if least > _ROOM * context:
-        raise PromptTooLong(least, context)
+        raise PromptTooLong(least, context, is_least=True)
 
 
 def _characters(request: Generation) -> int:

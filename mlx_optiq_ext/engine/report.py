@@ -12,11 +12,10 @@ import mlx.core as mx
 from msgspec.structs import replace
 
 from mlx_optiq_ext import __version__
-from mlx_optiq_ext.engine.batch import Batch
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.names import ModelNames
 from mlx_optiq_ext.engine.owner import Owner
-from mlx_optiq_ext.engine.served import ModelSpec
+from mlx_optiq_ext.engine.served import Loaded, ModelSpec
 from mlx_optiq_ext.types.status import EngineStatus, LayerBytes, ServedModel
 
 __all__ = ["engine_status"]
@@ -41,7 +40,7 @@ def engine_status(
         peak_memory_nbytes=mx.get_peak_memory(),
         weights_nbytes=owner.models.weights_nbytes,
         kv_nbytes=owner.rows_nbytes,
-        kv_layers=tuple(layer for batch in owner.batches.values() for layer in _layers(batch)),
+        kv_layers=_layers(owner),
         prefix_cache=owner.prefixes.status(),
         decode_tokens_per_s=counters.decoded.per_second(),
         prefill_tokens_per_s=counters.prefilled.per_second(),
@@ -67,12 +66,28 @@ def _served(owner: Owner, spec: ModelSpec, names: ModelNames) -> ServedModel:
     )
 
 
-def _layers(batch: Batch) -> list[LayerBytes]:
-    """Bytes per cache, with the bits of its keys and values where they are stored in our form."""
-    kv = batch.loaded.kv
+def _layers(owner: Owner) -> tuple[LayerBytes, ...]:
+    """Bytes per cache; layers of several models bear the models' names."""
+    models = list(owner.models)
+    return tuple(
+        layer
+        for loaded in models
+        for layer in _layers_of(owner, loaded, f"{loaded.spec.name}:" if len(models) > 1 else "")
+    )
+
+
+def _layers_of(owner: Owner, loaded: Loaded, before: str) -> list[LayerBytes]:
+    """With the bits of keys and values where they are stored in our form; with none held too."""
+    kv, batch = loaded.kv, owner.batches.get(loaded.spec.name)
+    held = (batch.layer_nbytes() if batch is not None else []) or [0] * loaded.num_caches
     bits = {layer.index: (layer.k.bpw(), layer.v.bpw()) for layer in kv.layers} if kv is not None else {}
     unknown = (None, None)
     return [
-        LayerBytes(name=str(k), nbytes=nbytes, k_bits=bits.get(k, unknown)[0], v_bits=bits.get(k, unknown)[1])
-        for k, nbytes in enumerate(batch.layer_nbytes())
+        LayerBytes(
+            name=f"{before}{k}",
+            nbytes=nbytes,
+            k_bits=bits.get(k, unknown)[0],
+            v_bits=bits.get(k, unknown)[1],
+        )
+        for k, nbytes in enumerate(held)
     ]

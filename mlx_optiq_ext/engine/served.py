@@ -90,7 +90,9 @@ class Loaded:
         self._weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
         self.model_context = _model_context(config)
         self.context = min(options.context or self.model_context, self.model_context)
-        self.forgets = any(forgets(cache) for cache in self.fresh_caches())
+        caches = self.fresh_caches()
+        self.num_caches = len(caches)
+        self.forgets = any(forgets(cache) for cache in caches)
         weights = fingerprint(spec.ref).sha256
         dtype = float_dtype(model, {})
         self.adapters = ModelAdapters(model, weights, dtype)

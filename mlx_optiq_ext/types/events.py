@@ -1,8 +1,8 @@
 """What a running job tells, in order; the one form that every dialect renders from.
 
 A job's first event is ``Accepted`` or ``Failed``. Then come ``Started``, any number of ``Prefilled``, then
-deltas; a tool call is ``ToolCallStart``, ``ToolCallDelta``s, ``ToolCallEnd`` with no other delta between. The
-last one is exactly one ``Finished`` or ``Failed``.
+deltas; a tool call is ``ToolCallStart``, ``ToolCallDelta``s, ``ToolCallEnd`` with no other delta between; the
+end is missing of a call in which the answer was cut. The last one is exactly one ``Finished`` or ``Failed``.
 """
 
 import re

@@ -1,5 +1,6 @@
 """Rows that run together: the same tokens as alone, whatever joins, leaves or fails beside them."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,26 @@ def test_tokens_that_are_none_of_the_model_s_are_refused(engine: LocalEngine, to
 def test_inputs_longer_than_the_context_are_not_embedded(engine: LocalEngine) -> None:
     with pytest.raises(PromptTooLong, match="2049 tokens > 2048"):
         engine.embed("tiny", (tuple([1] * 2049),)).result(20)
+
+
+@pytest.mark.parametrize("kv_config", [None, _mixed()], ids=["full", "mixed"])
+def test_layers_and_their_bits_are_known_while_nothing_runs(folder: Path, kv_config: KVConfig | None) -> None:
+    engine = engine_on(spec_of(folder, kv_config))
+    try:
+        idle = engine.status().kv_layers
+        assert [(layer.name, layer.nbytes) for layer in idle] == [("0", 0), ("1", 0)]
+        if kv_config is not None:
+            assert [(layer.k_bits, layer.v_bits) for layer in idle] == [
+                (layer.k.bpw(), layer.v.bpw()) for layer in kv_config.layers
+            ]
+        ask(engine, greedy(_prompt(40, 1)))
+        assert [layer.name for layer in engine.status().kv_layers] == ["0", "1"]
+    finally:
+        engine.close()
+
+
+def test_text_that_is_not_tokenized_is_counted_at_least(engine: LocalEngine) -> None:
+    (failed,) = ask(engine, greedy("word " * 200_000))
+    assert isinstance(failed, Failed)
+    assert failed.kind == "PromptTooLong"
+    assert re.fullmatch(r"prompt is too long: \d+ tokens > 2048 maximum \(at least: .*\)", failed.message)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import mlx_lm.tool_parsers
 import pytest
-from support_answers import TOOLS, calls, decoded, reasoning, texts, wrapper
+from support_answers import TOOLS, calls, cut_call, decoded, reasoning, texts, wrapper
 from support_calls import ANSWERS, CALLS, JSON_CALLS
 
 from mlx_optiq_ext.types.chat import Constraint, Generation, ToolChoice
-from mlx_optiq_ext.types.events import ToolCallDelta, ToolCallEnd, ToolCallStart
+from mlx_optiq_ext.types.events import ToolCallDelta, ToolCallStart
 
 FAMILIES = sorted(ANSWERS)
 
@@ -56,8 +56,13 @@ def test_arguments_arrive_while_they_are_written(family):
     deltas = [event for event in events if isinstance(event, ToolCallDelta) and event.index == 1]
     # Code-like calls tell an argument when it is complete, all others tell a string as it comes.
     assert len(deltas) > (0 if family == "pythonic" else 10)
-    assert [name for name, _ in calls(events)] == ["get_weather", "write_file"]
-    assert json.loads(calls(events)[1][1])["path"] == "a/b.py"
+    assert [name for name, _ in calls(events, is_cut=True)] == ["get_weather"]
+    cut = cut_call(events)
+    assert cut is not None
+    assert cut[0] == "write_file"
+    assert '"a/b.py"' in cut[1] or family == "pythonic"
+    with pytest.raises(ValueError, match=r"."):
+        json.loads(cut[1])
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in {"mistral"}])
@@ -68,12 +73,20 @@ def test_a_missing_end_marker_at_the_end_of_the_turn_is_forgiven(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_cut_leaves_valid_objects_and_loses_no_call(family):
+def test_a_cut_ends_no_call_that_the_model_had_not_ended(family):
     wrapped = wrapper(family)
     text = ANSWERS[family]
-    for cut in range(0, len(text), 3):
-        for _, arguments in calls(decoded(text[:cut], wrapped, reason="length")):
-            assert isinstance(json.loads(arguments), dict)
+    whole = expected(family)
+    for reason in ("length", "cancelled"):
+        for cut in range(0, len(text), 3):
+            events = decoded(text[:cut], wrapped, reason=reason)
+            ended = [(name, json.loads(arguments)) for name, arguments in calls(events, is_cut=True)]
+            assert ended == whole[: len(ended)], "what ended is what was meant, all of it"
+            begun = cut_call(events)
+            if begun is not None:
+                assert begun[0] == whole[len(ended)][0]
+                with pytest.raises(ValueError, match=r"."):
+                    json.loads(begun[1])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +136,7 @@ def test_an_unknown_tool_is_still_a_call():
 
 def test_the_name_is_told_before_the_arguments():
     events = decoded('<tool_call>{"name": "get_weather", ', wrapper("json_tools"), reason="length")
-    assert [type(event) for event in events] == [ToolCallStart, ToolCallDelta, ToolCallEnd]
+    assert [type(event) for event in events] == [ToolCallStart]
 
 
 @pytest.mark.parametrize("lead", ["", "\n", "<think>x</think>\n\n"])

@@ -49,9 +49,17 @@ class BareCalls:
         self._reader.feed(text)
         return self.close() if self._reader.failed else ""
 
-    def close(self) -> str:
-        """No call can begin any more: end an open one; the text that waits and is none."""
+    def close(self, *, is_whole: bool = True) -> str:
+        """No call can begin any more: end an open one; the text that waits and is none.
+
+        Args:
+            is_whole: Whether the answer was not cut: where it was, an open call gets no end.
+        """
         self._is_off = True
+        if self._sink.is_open and not is_whole:
+            self._sink.cut()
+            self._space, self._reader = "", None
+            return ""
         rest = self._reader.close() if self._reader is not None else ""
         space, self._space, self._reader = self._space, "", None
         if self._sink.num_calls == self._first:

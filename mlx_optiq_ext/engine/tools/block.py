@@ -76,7 +76,7 @@ class CallBlock:
             self._reader.feed(text)
 
     def close(self, ending: str, *, is_whole: bool) -> str:
-        """The block is over: end an open call.
+        """The block is over: end an open call, unless it was cut: a half call is none that could be run.
 
         Args:
             ending: The end marker that was read; empty where there was none.
@@ -84,6 +84,9 @@ class CallBlock:
         Returns:
             Text that is no call and has to be shown; with its markers where there was no call at all.
         """
+        if self._sink.is_open and not ending and not is_whole:
+            self._sink.cut()
+            return ""
         rest = self._reader.close() if self._reader is not None else ""
         if self.has_calls:
             for marker in HEADERS[self._syntax.family].skipped if self._syntax.family in HEADERS else ():

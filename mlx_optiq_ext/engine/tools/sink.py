@@ -90,6 +90,11 @@ class CallSink:
         )
         self._sent = []
 
+    def cut(self) -> None:
+        """The answer was cut in the middle of a call: what was told of it stays as it is, without an end."""
+        self._flush()
+        self._open, self._sent = None, []
+
     def _told(self) -> str:
         self._sent = ["".join(self._sent)]
         return self._sent[0] + "".join(self._unsent)

@@ -52,6 +52,7 @@ class MessageStream:
         self._message: dict[str, Any] = {}
         self._thoughts: list[str] = []
         self._texts: list[str] = []
+        self._arguments: list[str] = []
         self._open: str | None = None
 
     def first(self, accepted: Accepted) -> bytes:
@@ -82,12 +83,17 @@ class MessageStream:
             case ToolCallStart():
                 return self._close() + self._start_call(event)
             case ToolCallDelta(arguments=arguments) if arguments:
+                self._arguments.append(arguments)
                 return self._delta("input_json_delta", partial_json=arguments)
             case ToolCallEnd(arguments=arguments):
                 self._content[-1]["input"] = msgspec.json.decode(arguments or "{}")
                 return self._close()
             case Finished():
-                return self._close() + self._finish(event)
+                is_cut = self._open == "tool_use"
+                closed = self._close()
+                if is_cut:
+                    self._content[-1] = self._cut_call(self._content[-1]["name"])
+                return closed + self._finish(event)
             case _:
                 return b""
 
@@ -120,7 +126,12 @@ class MessageStream:
         self._thoughts.append(text)
         return b"" if self._omit_thinking else self._delta("thinking_delta", thinking=text)
 
+    def _cut_call(self, name: str) -> dict[str, Any]:
+        """What stands for a call that was cut: a whole message can hold only whole calls."""
+        return {"type": "text", "text": f"[cut: {name} {''.join(self._arguments)}]"}
+
     def _start_call(self, call: ToolCallStart) -> bytes:
+        self._arguments.clear()
         name_of_call = f"toolu_{call.id.removeprefix('call')}"
         return self._start({"type": "tool_use", "id": name_of_call, "name": call.name, "input": {}})
 

@@ -121,10 +121,12 @@ class ResponseStream:
         return chunk + self._line(added) + self._lines(item.begin())
 
     def _end(self, status: str = "completed") -> bytes:
-        """End the open item and keep it whole."""
+        """End the open item and keep it; of a call that was cut nothing is told to be done but the item."""
         if self._open is None:
             return b""
-        chunk, item = self._lines(self._open.end()), self._open.item
+        ends, item = self._open.end(), self._open.item
+        is_cut = status != "completed" and isinstance(self._open, CallItem | CustomCallItem)
+        chunk = b"" if is_cut else self._lines(ends)
         self._open = None
         item["status"] = status
         done = {"type": "response.output_item.done", "output_index": len(self._output), "item": item}
