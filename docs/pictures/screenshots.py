@@ -38,8 +38,6 @@ SHOTS = {
     "adapters": Shot("adapters", shows="rank"),
     "quantize": Shot("quantize", "right", "right", shows="⠒"),
     "finetune": Shot("finetune", "r", shows="validation"),
-    "quantize": Shot("quantize", shows="chosen, predicted"),
-    "finetune": Shot("finetune", "r", shows="update 120 of 120"),
     "integrations": Shot("integrations", "down", "down", shows="ANTHROPIC_BASE_URL"),
     "compare": Shot("adapters", "c", *PROMPT, "enter", "escape", shows="matey"),
 }

@@ -177,6 +177,19 @@ def test_a_job_that_fails_says_why_in_its_own_words() -> None:
 
 
 @pytest.mark.usefixtures("waiting")
+def test_a_job_is_stopped_from_the_palette() -> None:
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        job = await app.jobs.start("Wait long", ["wait"])
+        await until(pilot, lambda: job.progress is not None)
+        [stop] = [each for each in app.get_system_commands(app.screen) if each.title == "Stop Wait long"]
+        stop.callback()
+        await until(pilot, lambda: job.state == "stopped")
+        assert not app.jobs.running
+
+    piloted(demo_lab(), script)
+
+
+@pytest.mark.usefixtures("waiting")
 def test_leaving_asks_while_a_job_runs_and_stops_it() -> None:
     app = demo_lab()
 

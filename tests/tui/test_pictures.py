@@ -15,6 +15,7 @@ from textual.pilot import Pilot
 
 from mlx_optiq_tui.app import LabApp
 from mlx_optiq_tui.demo.recording import read_recording
+from mlx_optiq_tui.screens import SCREENS
 
 pytestmark = pytest.mark.skipif(
     version("textual") != "8.2.8", reason="the pictures were made with Textual 8.2.8"
@@ -22,6 +23,11 @@ pytestmark = pytest.mark.skipif(
 
 Compare = Callable[..., bool]
 MOMENTS = 30
+
+
+@pytest.fixture(autouse=True)
+def every_screen_has_its_tab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_optiq_tui.app.installed_screens", lambda: SCREENS)
 
 
 @pytest.fixture(autouse=True)

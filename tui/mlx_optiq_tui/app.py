@@ -173,10 +173,12 @@ class LabApp(App[None]):
             self.exit()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """Every screen, and every action that has a key, by name."""
+        """Every screen, every action that has a key, and the end of every job, by name."""
         yield from super().get_system_commands(screen)
         for entry in self.entries:
             yield SystemCommand(entry.title, entry.about, lambda name=entry.name: self.switch_mode(name))
+        for job in self.jobs.running:
+            yield SystemCommand(f"Stop {job.title}", "The same command later goes on from there", job.stop)
         for active in shown_bindings(screen):
             if not active.binding.action.startswith("open("):
                 yield SystemCommand(
