@@ -122,7 +122,11 @@ class LocalEngine:
             job.release = lambda: loaded.adapters.let_go(adapter)
 
         self._prompts.run(
-            self._specs[model], lambda loaded: self._prepare(job, loaded), job.fail, first=take_adapter
+            self._specs[model],
+            lambda loaded: self._prepare(job, loaded),
+            job.fail,
+            first=take_adapter,
+            has_left=job.has_left,
         )
         return name
 
@@ -229,11 +233,9 @@ class LocalEngine:
 
     def _prepare(self, job: Job, loaded: Loaded) -> None:
         """Render, check and accept a job; on the prompt thread."""
-        if job.cancelled:
-            job.finish("cancelled")
+        if job.has_left():
             return
-        request = job.request
-        rendered = loaded.render(request)
+        request, rendered = job.request, loaded.render(job.request)
         left = loaded.context - len(rendered.tokens)
         if left <= 0:
             raise PromptTooLong(len(rendered.tokens), loaded.context)

@@ -102,6 +102,12 @@ class Job:
         """End with an answer."""
         self.emit(Finished(reason=reason, usage=self.usage, stop_sequence=stop_sequence))
 
+    def has_left(self) -> bool:
+        """Whether it was cancelled; ends it then."""
+        if self.cancelled:
+            self.finish("cancelled")
+        return self.cancelled
+
     def fail(self, error: Exception) -> None:
         """End with an error."""
         self.emit(msgspec.structs.replace(failed(error), completion_tokens=self.completion_tokens))

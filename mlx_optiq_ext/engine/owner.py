@@ -19,6 +19,7 @@ from mlx_optiq_ext.engine.counters import Counters
 from mlx_optiq_ext.engine.fair_queue import FairQueue
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.memory import server_head_room_nbytes
+from mlx_optiq_ext.engine.openings import Openings
 from mlx_optiq_ext.engine.prefix_cache import PrefixCache
 from mlx_optiq_ext.engine.residents import Residents
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
@@ -61,6 +62,7 @@ class Owner:
         self.counters = Counters()
         self.models = Residents(options, limit_nbytes, progress, self._closed)
         self.batches: dict[str, Batch] = {}
+        self.openings = Openings(self.open)
         self.waiting: FairQueue[Job] = FairQueue()
         self._held: Counter[str] = Counter()
         self._on_tick = on_tick
@@ -93,7 +95,7 @@ class Owner:
         It stays until :meth:`let_go` was called as often.
 
         Raises:
-            ResourceError: It does not fit.
+            NoRoom: It does not fit.
             Overloaded: It would fit if running requests of other models were done.
         """
         loaded = self.models.open(spec, self._busy)
@@ -142,6 +144,7 @@ class Owner:
         for job in self.waiting.remove(lambda job: job.cancelled):
             job.finish("cancelled")
             self.counters.end("cancelled", job.usage, time.monotonic() - job.created)
+        self.openings.advance()
         self._admit()
         for name in [name for name, batch in self.batches.items() if batch.rows]:
             self._step(name)
@@ -152,7 +155,8 @@ class Owner:
         self._on_tick()
 
     def _is_idle(self) -> bool:
-        return not len(self.waiting) and not any(batch.rows for batch in self.batches.values())
+        runs = any(batch.rows for batch in self.batches.values())
+        return not (runs or len(self.waiting) or len(self.openings))
 
     def _take_commands(self) -> None:
         """Run what was sent so far; wait for something while there is nothing else to do."""
@@ -168,8 +172,7 @@ class Owner:
         """Start what may start, in turn; who waits for memory is not overtaken."""
         starving: list[Job] = []
         while (job := self.waiting.take(lambda each: self._may_start(each, starving))) is not None:
-            loaded = self.models.get(job.model)
-            if loaded is None:
+            if (loaded := self.models.get(job.model)) is None:
                 job.fail(EngineError(f"{job.model} was unloaded", retry_after_s=1))
             elif not self._make_room(loaded, self._batch(loaded), job):
                 job.fail(no_room(loaded, job))
@@ -250,10 +253,8 @@ class Owner:
             return
         self.prefixes.shrink_to(max(0, left))
         if left < 0:
-            batch = max(
-                (batch for batch in self.batches.values() if batch.rows), key=lambda each: each.nbytes
-            )
-            batch.fail_newest(
+            running = (batch for batch in self.batches.values() if batch.rows)
+            max(running, key=lambda each: each.nbytes).fail_newest(
                 Overloaded(
                     "the answers that run took all memory; this one ends, and can be asked for again",
                     retry_after_s=_BUSY_RETRY_S,
@@ -287,13 +288,13 @@ class Owner:
 
     def _closed(self, loaded: Loaded) -> None:
         """Let go of what depends on a model that is about to go."""
-        batch = self.batches.pop(loaded.spec.name, None)
-        if batch is not None:
+        if (batch := self.batches.pop(loaded.spec.name, None)) is not None:
             batch.close()
         self.prefixes.forget(loaded.cache_key)
 
     def _end_all(self, error: EngineStopped) -> None:
         for batch in self.batches.values():
             batch.fail(error)
+        self.openings.fail(error)
         for job in self.waiting.remove(lambda _: True):
             job.fail(error)

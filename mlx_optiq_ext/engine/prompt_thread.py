@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from mlx_optiq_ext.engine.openings import Opening
 from mlx_optiq_ext.engine.owner import Owner
 from mlx_optiq_ext.engine.served import Loaded, ModelSpec
 from mlx_optiq_ext.engine.settle import attempt
@@ -45,16 +46,19 @@ class PromptThread:
         otherwise: Callable[[Exception], None],
         *,
         first: Callable[[Loaded], None] = lambda _: None,
+        has_left: Callable[[], bool] = lambda: False,
     ) -> None:
         """Run ``then`` here with the model, loaded until that is done.
+
+        Where the model needs the memory of others that answer requests, it waits for these.
 
         Args:
             otherwise: Told what any of them raised.
             first: Run before, on the owner thread.
+            has_left: Whether nobody waits for it any more; asked on the owner thread while it waits.
         """
 
-        def open_model() -> None:
-            loaded = self._owner.open(spec)
+        def opened(loaded: Loaded) -> None:
             try:
                 self._opened(loaded)
                 first(loaded)
@@ -67,7 +71,8 @@ class PromptThread:
             attempt(lambda: then(loaded), otherwise)
             self._owner.call(lambda: self._owner.let_go(spec.name))
 
-        self._owner.call(lambda: attempt(open_model, otherwise))
+        opening = Opening(spec, opened, otherwise, has_left)
+        self._owner.call(lambda: self._owner.openings.add(opening))
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:

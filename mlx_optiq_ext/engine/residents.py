@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.engine.memory import server_head_room_nbytes
-from mlx_optiq_ext.engine.served import Loaded, ModelSpec, load
-from mlx_optiq_ext.errors import Overloaded, ResourceError
+from mlx_optiq_ext.engine.served import Loaded, ModelSpec, NoRoom, load
+from mlx_optiq_ext.errors import Overloaded
 from mlx_optiq_ext.types.progress import ProgressSink
 from mlx_optiq_ext.types.serve import ServeOptions
 
@@ -69,12 +69,17 @@ class Residents:
         Args:
             busy: Names of models that must stay.
         Raises:
-            ResourceError: It does not fit.
+            NoRoom: It would not fit if it were alone; nothing was unloaded for it.
             Overloaded: It would fit if busy models went.
         """
-        known = self._loaded.pop(spec.name, None) or self._load(spec, busy)
-        self._loaded[spec.name] = known
-        return known
+        known = self._loaded.pop(spec.name, None)
+        if known is not None:
+            self._loaded[spec.name] = known
+            return known
+        loaded = self._loaded[spec.name] = self._load(spec, busy)
+        self._share()
+        _log.info("%s: context %d tokens", spec.name, loaded.context)
+        return loaded
 
     def close(self, name: str) -> None:
         """Drop a model; nothing happens where it is not loaded."""
@@ -84,6 +89,7 @@ class Residents:
         self._on_close(gone)
         del gone
         mx.clear_cache()
+        self._share()
         _log.info("unloaded %s", name)
 
     def _load(self, spec: ModelSpec, busy: Callable[[], Collection[str]]) -> Loaded:
@@ -95,9 +101,11 @@ class Residents:
                 loaded = loaded or load(
                     spec, self._options, self._limit - self.weights_nbytes, self._progress
                 )
-                loaded.limit_context(self._limit - self.weights_nbytes - loaded.weights_nbytes)
+                loaded.require_context(self._limit - self.weights_nbytes - loaded.weights_nbytes)
                 break
-            except ResourceError:
+            except NoRoom as error:
+                if error.nbytes > self._limit:
+                    raise
                 stay = busy()
                 idle = next((name for name in self._loaded if name not in stay), None)
                 if idle is not None:
@@ -110,10 +118,14 @@ class Residents:
                 else:
                     raise
         _log.info(
-            "loaded %s in %.1f s: %s of weights, context %d tokens",
+            "loaded %s in %.1f s: %s of weights",
             spec.name,
             time.monotonic() - began,
             format_nbytes(loaded.weights_nbytes),
-            loaded.context,
         )
         return loaded
+
+    def _share(self) -> None:
+        """Let every model serve the context that fits beside the weights that are here now."""
+        for loaded in self._loaded.values():
+            loaded.limit_context(self._limit - self.weights_nbytes)

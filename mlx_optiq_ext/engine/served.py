@@ -40,10 +40,25 @@ from mlx_optiq_ext.types.progress import Progress, ProgressSink
 from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_ext.types.status import ServedModel
 
-__all__ = ["Loaded", "ModelSpec", "load"]
+__all__ = ["Loaded", "ModelSpec", "NoRoom", "load"]
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 _CONTEXT_UNKNOWN = 8192
+_LEAST_CONTEXT = 256
+
+
+class NoRoom(ResourceError):
+    """A model does not fit into what is left.
+
+    Args:
+        nbytes: That its weights and a short prompt take.
+    """
+
+    status = 503
+
+    def __init__(self, message: str, nbytes: int) -> None:
+        super().__init__(message)
+        self.nbytes = nbytes
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +104,8 @@ class Loaded:
         self.sizes = CacheSizes(model, self.fresh_caches)
         self._weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
         self.model_context = _model_context(config)
-        self.context = min(options.context or self.model_context, self.model_context)
+        self._most_context = min(options.context or self.model_context, self.model_context)
+        self.context = self._most_context
         caches = self.fresh_caches()
         self.num_caches = len(caches)
         self.forgets = any(forgets(cache) for cache in caches)
@@ -117,20 +133,25 @@ class Loaded:
         missing = {name: getattr(self.defaults, name) for name, value in known.items() if value is None}
         return msgspec.structs.replace(wanted, **missing)
 
-    def limit_context(self, cache_nbytes: int) -> None:
-        """Serve no more context than ``cache_nbytes`` of KV cache hold.
+    def require_context(self, cache_nbytes: int) -> None:
+        """See that ``cache_nbytes`` of KV cache hold a short prompt.
 
         Raises:
-            ResourceError: Not even a short prompt fits.
+            NoRoom: They do not.
         """
-        fits = self.sizes.tokens_within(cache_nbytes, self.context)
-        if fits < min(256, self.context):
-            raise ResourceError(
+        least = min(_LEAST_CONTEXT, self._most_context)
+        fits = self.sizes.tokens_within(cache_nbytes, self._most_context)
+        if fits < least:
+            raise NoRoom(
                 f"{self.spec.name}: {format_nbytes(self.weights_nbytes)} of weights leave "
                 f"{format_nbytes(max(0, cache_nbytes))} for the KV cache, enough for {fits} tokens; raise "
-                "--memory, or serve a smaller model"
+                "--memory, or serve a smaller model",
+                self.weights_nbytes + self.sizes.nbytes(least),
             )
-        self.context = fits
+
+    def limit_context(self, cache_nbytes: int) -> None:
+        """Serve as much context as ``cache_nbytes`` of KV cache hold, and no more."""
+        self.context = max(1, self.sizes.tokens_within(cache_nbytes, self._most_context))
 
     def check(self) -> None:
         """Run one token: after a failure, the proof that the model still can.
@@ -206,7 +227,7 @@ def load(spec: ModelSpec, options: ServeOptions, limit_nbytes: int, progress: Pr
         limit_nbytes: What weights may take.
         progress: Gets one event per block.
     Raises:
-        ResourceError: The weights do not fit.
+        NoRoom: The weights do not fit.
         FingerprintMismatch: The KV configuration belongs to another model.
         ModelError: It cannot be opened.
     """
@@ -216,9 +237,10 @@ def load(spec: ModelSpec, options: ServeOptions, limit_nbytes: int, progress: Pr
         cast_floats(model, dtype)
     needed = sum(array.nbytes for _, array in named_arrays(model.parameters()))
     if needed > limit_nbytes:
-        raise ResourceError(
+        raise NoRoom(
             f"{spec.name}: {format_nbytes(needed)} of weights, and {format_nbytes(max(0, limit_nbytes))} are "
-            "left for weights; raise --memory, or quantize it with `optiq convert`"
+            "left for weights; raise --memory, or quantize it with `optiq convert`",
+            needed,
         )
     tokenizer = load_tokenizer(spec.ref, trust_remote_code=options.trust_remote_code)
     kv = _storage(spec, model, config, options)

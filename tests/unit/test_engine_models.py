@@ -1,5 +1,6 @@
 """Models in memory: opened when named, within a budget; prefixes that survive; families that forget."""
 
+import queue
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from mlx_optiq_ext import _hook
 from mlx_optiq_ext.engine.engine import LocalEngine
 from mlx_optiq_ext.errors import FingerprintMismatch, Overloaded, ResourceError, UnknownName, UsageError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
-from mlx_optiq_ext.types.events import Failed, Started, TextDelta
+from mlx_optiq_ext.types.chat import Generation
+from mlx_optiq_ext.types.events import Event, Failed, Finished, Started, TextDelta
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.quant import Choice
@@ -72,15 +74,101 @@ def test_a_model_that_answers_is_not_unloaded_for_another(tmp_path: Path) -> Non
     try:
         running = Asked(engine, greedy(_prompt(20), 1500))
         running.until(TextDelta)
-        [failed] = ask(engine, greedy(_prompt(20), 2, model="two"))
-        assert isinstance(failed, Failed)
-        assert (failed.kind, failed.status) == ("Overloaded", 529)
-        assert failed.retry_after_s
+        with pytest.raises(Overloaded, match="answering requests"):
+            engine.load("two").result(10)
         with pytest.raises(Overloaded, match="answering requests"):
             engine.unload("one").result(10)
         running.cancel()
         running.end()
         assert text_of(ask(engine, greedy(_prompt(20), 2, model="two")))
+    finally:
+        engine.close()
+
+
+def test_a_request_waits_for_the_memory_of_a_model_that_answers(tmp_path: Path) -> None:
+    folders = [tiny_folder(tmp_path / name, seed, **WIDE) for seed, name in enumerate(("one", "two"))]
+    weights = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
+    engine = engine_on(*map(spec_of, folders), memory=f"{int(1.7 * weights + 128e6) // 1_000_000}MB")
+    ends: queue.SimpleQueue[tuple[str, Finished]] = queue.SimpleQueue()
+
+    def submit(name: str, request: Generation) -> str:
+        def take(event: Event) -> None:
+            if isinstance(event, Finished | Failed):
+                assert isinstance(event, Finished)
+                ends.put((name, event))
+
+        return engine.submit(request, take)
+
+    try:
+        running = Asked(engine, greedy(_prompt(20), 300))
+        running.until(TextDelta)
+        submit("other", greedy(_prompt(20), 4, model="two"))
+        left = submit("left", greedy(_prompt(20), 4, model="two"))
+        # A request for the model that is there does not overtake the one that waits.
+        submit("later", greedy(_prompt(20, 3), 4))
+        engine.cancel(left)
+        name, finished = ends.get(timeout=60)
+        assert (name, finished.reason) == ("left", "cancelled")
+        assert isinstance(running.end()[-1], Finished)
+        assert [ends.get(timeout=60)[0] for _ in range(2)] == ["other", "later"]
+        assert _loaded(engine) == ["one"], "it came back for the one that came later"
+    finally:
+        engine.close()
+
+
+def test_a_model_that_can_never_fit_unloads_no_other(tmp_path: Path) -> None:
+    small = tiny_folder(tmp_path / "small", 0, **WIDE)
+    large = tiny_folder(tmp_path / "large", 1, **{**WIDE, "num_hidden_layers": 18})
+    weights = sum(file.stat().st_size for file in small.glob("*.safetensors"))
+    engine = engine_on(spec_of(small), spec_of(large), memory=f"{int(1.7 * weights + 128e6) // 1_000_000}MB")
+    try:
+        [failed] = ask(engine, greedy(_prompt(20), 2, model="large"))
+        assert isinstance(failed, Failed)
+        assert "large" in failed.message
+        assert failed.kind == "NoRoom"
+        assert _loaded(engine) == ["small"]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no header", "gone", "unknown type"])
+def test_a_damaged_model_is_named_without_its_folder_and_others_go_on(
+    folder: Path, tmp_path: Path, damage: str
+) -> None:
+    broken = tiny_folder(tmp_path / "broken", 1)
+    (weights,) = broken.glob("*.safetensors")
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "no header":
+        weights.write_bytes(b"\xff" * 64)
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        (broken / "config.json").write_text('{"model_type": "nonsense"}')
+    engine = engine_on(spec_of(folder), spec_of(broken))
+    try:
+        [failed] = ask(engine, greedy(_prompt(20), 2, model="broken"))
+        assert isinstance(failed, Failed)
+        assert failed.message.startswith("broken")
+        assert str(tmp_path) not in failed.message
+        assert isinstance(ask(engine, greedy(_prompt(20), 2))[-1], Finished)
+    finally:
+        engine.close()
+
+
+def test_contexts_follow_the_memory_that_neighbours_leave(tmp_path: Path) -> None:
+    # Keys and values of a token take 64 KB here, so that memory and not the model decides.
+    heavy = {**WIDE, "max_position_embeddings": 65_536}
+    folders = [tiny_folder(tmp_path / name, seed, **heavy) for seed, name in enumerate(("one", "two"))]
+    weights = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
+    engine = engine_on(*map(spec_of, folders), memory=f"{int(2.5 * weights + 128e6) // 1_000_000}MB")
+    try:
+        alone = engine.status().models[0].context
+        engine.load("two").result(60)
+        beside = [model.context for model in engine.status().models]
+        assert beside[0] == beside[1] < alone < 65_536
+        engine.unload("two").result(60)
+        assert engine.status().models[0].context == alone
     finally:
         engine.close()
 
