@@ -218,7 +218,7 @@ def _top_level(words: Sequence[str]) -> int:
     parser = _Parser(
         prog=f"optiq {group}".strip(),
         usage=f"{' '.join(filter(None, ('optiq', group)))} COMMAND [options]",
-        description="Sensitivity-driven mixed-precision quantization for MLX language models.",
+        description="Make, tune and serve local language models with MLX.",
         epilog="Options of a command: optiq COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
