@@ -84,6 +84,6 @@ class Openings:
 
 def _without_path(error: Exception, spec: ModelSpec) -> Exception:
     """What is wrong with a model, for those who asked from elsewhere: its name in place of its folder."""
-    if isinstance(error, ModelError) and spec.ref.is_local:
+    if isinstance(error, ModelError):
         return type(error)(str(error).replace(spec.ref.path, spec.name))
     return error

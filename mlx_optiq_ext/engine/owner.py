@@ -144,10 +144,10 @@ class Owner:
         for job in self.waiting.remove(lambda job: job.cancelled):
             job.finish("cancelled")
             self.counters.end("cancelled", job.usage, time.monotonic() - job.created)
-        self.openings.advance()
         self._admit()
         for name in [name for name, batch in self.batches.items() if batch.rows]:
             self._step(name)
+        self.openings.advance()  # what they wait for ended in a step, or in a command
         for loaded in self.models:
             loaded.adapters.sweep()
         if self._is_idle():
@@ -155,8 +155,7 @@ class Owner:
         self._on_tick()
 
     def _is_idle(self) -> bool:
-        runs = any(batch.rows for batch in self.batches.values())
-        return not (runs or len(self.waiting) or len(self.openings))
+        return not len(self.waiting) and not any(batch.rows for batch in self.batches.values())
 
     def _take_commands(self) -> None:
         """Run what was sent so far; wait for something while there is nothing else to do."""

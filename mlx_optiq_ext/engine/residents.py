@@ -45,6 +45,8 @@ class Residents:
         self._on_close = on_close
         self._loaded: dict[str, Loaded] = {}
         """Least recently used first."""
+        self._needs: dict[str, int] = {}
+        """Bytes that models take which did not fit once: one that waits is not read again and again."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,6 +97,7 @@ class Residents:
     def _load(self, spec: ModelSpec, busy: Callable[[], Collection[str]]) -> Loaded:
         began = time.monotonic()
         loaded: Loaded | None = None
+        self._make_room(spec, busy())
         while True:
             try:
                 # A model that is open already and lacks only the memory for a context is not read twice.
@@ -104,19 +107,10 @@ class Residents:
                 loaded.require_context(self._limit - self.weights_nbytes - loaded.weights_nbytes)
                 break
             except NoRoom as error:
-                if error.nbytes > self._limit:
+                if not self._needs.get(spec.name, 0) < error.nbytes <= self._limit:
                     raise
-                stay = busy()
-                idle = next((name for name in self._loaded if name not in stay), None)
-                if idle is not None:
-                    self.close(idle)
-                elif self._loaded:
-                    raise Overloaded(
-                        f"{spec.name} needs the memory of a model that is answering requests",
-                        retry_after_s=_BUSY_RETRY_S,
-                    ) from None
-                else:
-                    raise
+                self._needs[spec.name] = error.nbytes
+                self._make_room(spec, busy())
         _log.info(
             "loaded %s in %.1f s: %s of weights",
             spec.name,
@@ -124,6 +118,23 @@ class Residents:
             format_nbytes(loaded.weights_nbytes),
         )
         return loaded
+
+    def _make_room(self, spec: ModelSpec, stay: Collection[str]) -> None:
+        """Unload what is idle, as far as a model is known to need it.
+
+        Raises:
+            Overloaded: That would not be enough; nothing was unloaded.
+        """
+        needed = self._needs.get(spec.name, 0)
+        busy = sum(loaded.weights_nbytes for name, loaded in self._loaded.items() if name in stay)
+        if busy and needed + busy > self._limit:
+            raise Overloaded(
+                f"{spec.name} needs the memory of a model that is answering requests",
+                retry_after_s=_BUSY_RETRY_S,
+            )
+        for name in [name for name in self._loaded if name not in stay]:
+            if needed + self.weights_nbytes > self._limit:
+                self.close(name)
 
     def _share(self) -> None:
         """Let every model serve the context that fits beside the weights that are here now."""

@@ -37,6 +37,7 @@ from mlx_optiq_ext.types.kv import KVConfig
 from mlx_optiq_ext.types.model import ModelRef
 from mlx_optiq_ext.types.port import Embeddings
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
+from mlx_optiq_ext.types.quant import ModelFingerprint
 from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_ext.types.status import ServedModel
 
@@ -75,11 +76,12 @@ class Loaded:
 
     Args:
         spec: Where it came from.
-        model: Evaluated.
+        model: Its weights may still be lazy.
         config: Its config.json.
         tokenizer: mlx-lm's wrapper.
-        kv: Its KV storage, following its weights; None: mlx-lm's caches.
         options: Of the server.
+    Raises:
+        FingerprintMismatch: The KV configuration belongs to another model.
     """
 
     def __init__(
@@ -88,13 +90,14 @@ class Loaded:
         model: nn.Module,
         config: dict[str, Any],
         tokenizer: Any,
-        kv: KVConfig | None,
         options: ServeOptions,
     ) -> None:
         self.spec = spec
         self.model = model
         self.tokenizer = tokenizer
-        self.kv = kv
+        weights = fingerprint(spec.ref)
+        self.kv = _storage(spec, weights, model, config, options)
+        """Follows the weights; None: mlx-lm's caches."""
         self.vocab_size = _vocab_size(model)
         self.renderer = Renderer(tokenizer, reasoning=options.reasoning)
         self.constrainer = Constrainer(tokenizer, self.vocab_size)
@@ -109,10 +112,9 @@ class Loaded:
         caches = self.fresh_caches()
         self.num_caches = len(caches)
         self.forgets = any(forgets(cache) for cache in caches)
-        weights = fingerprint(spec.ref).sha256
         dtype = float_dtype(model, {})
-        self.adapters = ModelAdapters(model, weights, dtype)
-        self.cache_key = f"{weights} {dtype} {msgspec.json.encode(kv).decode()}"
+        self.adapters = ModelAdapters(model, weights.sha256, dtype)
+        self.cache_key = f"{weights.sha256} {dtype} {msgspec.json.encode(self.kv).decode()}"
         self._bpw = compute_bits_per_weight(model) if "quantization" in config else None
 
     @property
@@ -243,22 +245,26 @@ def load(spec: ModelSpec, options: ServeOptions, limit_nbytes: int, progress: Pr
             needed,
         )
     tokenizer = load_tokenizer(spec.ref, trust_remote_code=options.trust_remote_code)
-    kv = _storage(spec, model, config, options)
+    loaded = Loaded(spec, model, config, tokenizer, options)
     blocks = find_blocks(model)
     for k, block in enumerate(blocks.modules):
         mx.eval(block.parameters())
         progress(Progress(stage=f"load {spec.name}", done=k + 1, total=len(blocks)))
     mx.eval(model.parameters())
-    return Loaded(spec, model, config, tokenizer, kv, options)
+    return loaded
 
 
 def _storage(
-    spec: ModelSpec, model: nn.Module, config: dict[str, Any], options: ServeOptions
+    spec: ModelSpec,
+    weights: ModelFingerprint,
+    model: nn.Module,
+    config: dict[str, Any],
+    options: ServeOptions,
 ) -> KVConfig | None:
     kv = spec.kv_config
     if kv is None:
         return None
-    if kv.model is not None and kv.model.sha256 != fingerprint(spec.ref).sha256:
+    if kv.model is not None and kv.model.sha256 != weights.sha256:
         raise FingerprintMismatch(
             f"the KV configuration was measured on {kv.model.source or 'another model'}, whose weights are "
             f"not those of {spec.name}; make one with `optiq kv-cache {spec.name}`"

@@ -13,14 +13,16 @@ from support_serving import Asked, ask, engine_on, greedy, spec_of, text_of, tin
 
 import mlx_optiq_ext
 from mlx_optiq_ext import _hook
+from mlx_optiq_ext.engine import residents, served
 from mlx_optiq_ext.engine.engine import LocalEngine
+from mlx_optiq_ext.engine.served import Loaded, ModelSpec, load
 from mlx_optiq_ext.errors import FingerprintMismatch, Overloaded, ResourceError, UnknownName, UsageError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.types.chat import Generation
 from mlx_optiq_ext.types.events import Event, Failed, Finished, Started, TextDelta
 from mlx_optiq_ext.types.kv import KVConfig, KVLayer
 from mlx_optiq_ext.types.model import ModelRef
-from mlx_optiq_ext.types.quant import Choice
+from mlx_optiq_ext.types.quant import Choice, ModelFingerprint
 from mlx_optiq_ext.types.serve import ServeOptions
 
 WIDE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
@@ -85,11 +87,14 @@ def test_a_model_that_answers_is_not_unloaded_for_another(tmp_path: Path) -> Non
         engine.close()
 
 
-def test_a_request_waits_for_the_memory_of_a_model_that_answers(tmp_path: Path) -> None:
+def test_a_request_waits_for_the_memory_of_a_model_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [tiny_folder(tmp_path / name, seed, **WIDE) for seed, name in enumerate(("one", "two"))]
     weights = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
     engine = engine_on(*map(spec_of, folders), memory=f"{int(1.7 * weights + 128e6) // 1_000_000}MB")
     ends: queue.SimpleQueue[tuple[str, Finished]] = queue.SimpleQueue()
+    read = _note_reads(monkeypatch)
 
     def submit(name: str, request: Generation) -> str:
         def take(event: Event) -> None:
@@ -112,8 +117,36 @@ def test_a_request_waits_for_the_memory_of_a_model_that_answers(tmp_path: Path) 
         assert isinstance(running.end()[-1], Finished)
         assert [ends.get(timeout=60)[0] for _ in range(2)] == ["other", "later"]
         assert _loaded(engine) == ["one"], "it came back for the one that came later"
+        assert read.count("two") == 2, "once to learn that it has to wait, not at every step of the others"
     finally:
         engine.close()
+
+
+def _note_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of models whose files are read from now on."""
+    read: list[str] = []
+
+    def noting(spec: ModelSpec, *rest: Any) -> Loaded:
+        read.append(spec.name)
+        return load(spec, *rest)
+
+    monkeypatch.setattr(residents, "load", noting)
+    return read
+
+
+def test_the_weights_are_identified_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def noting(ref: ModelRef) -> ModelFingerprint:
+        asked.append(ref.path)
+        return fingerprint(ref)
+
+    monkeypatch.setattr(served, "fingerprint", noting)
+    keep = Choice(bits=8, group_size=32)
+    weights = fingerprint(ModelRef(path=str(folder), source="tiny"))
+    config = KVConfig(layers=(KVLayer(index=0, k=keep, v=keep),), model=weights)
+    engine_on(spec_of(folder, config)).close()
+    assert len(asked) == 1
 
 
 def test_a_model_that_can_never_fit_unloads_no_other(tmp_path: Path) -> None:
