@@ -64,7 +64,8 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
         """
         given = environ.get(self.variable, "") if self.variable else ""
         folder = given or self.folder
-        return (home / folder[2:] if folder.startswith("~/") else Path(folder)) / self.name
+        place = home / folder[2:] if folder == "~" or folder.startswith("~/") else Path(folder)
+        return place / self.name
 
 
 class Snippet(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +104,8 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
     """The one command that installs it."""
     least_context: int = 0
     """Tokens below which it does not work."""
+    calls_tools: bool = True
+    """Whether it works through tool calls."""
     files: Callable[[ClientFacts], tuple[ConfigFile, ...]] | None = None
     snippets: Callable[[ClientFacts], tuple[Snippet, ...]] | None = None
     session: Callable[[ClientFacts, Path], Session] | None = None
@@ -121,7 +124,7 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
                 f"{facts.context:,} here: serve a model with a longer one, or where memory is what lacks, "
                 "with more --memory or a smaller KV cache (--kv-config)"
             )
-        if self.program and not facts.calls_tools:
+        if self.program and self.calls_tools and not facts.calls_tools:
             found.append(
                 f"{facts.model} has no tool calls in its chat template: {self.title} lives on them, and the "
                 "server describes its tools in a system text, which the model may not heed"

@@ -35,7 +35,7 @@ class ClientFacts(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str = NO_KEY
     needs_key: bool = False
     is_assumed: bool = False
-    """Nobody answered: limits and abilities are guesses."""
+    """Nobody answered, or the model is not loaded: limits and abilities are guesses."""
 
     @property
     def api(self) -> str:
@@ -47,22 +47,22 @@ def facts_of(served: ServedModel, url: str, api_key: str | None = None) -> Clien
     """Take the facts from what a server says of a model.
 
     Args:
-        served: From its status.
+        served: From its status; of a model that is not loaded, limits and abilities are assumed.
         url: Where the server is.
         api_key: None: the server needs none.
     """
-    context = served.context or _ASSUMED_CONTEXT
+    if not served.context:
+        return assumed_facts(url, served.id, api_key=api_key)
     return ClientFacts(
         url=url.rstrip("/"),
         model=served.id,
-        context=context,
-        max_output=_output(context),
+        context=served.context,
+        max_output=_output(served.context),
         sees_images=served.sees_images,
         thinks=served.thinks,
         calls_tools=served.calls_tools,
         api_key=api_key or NO_KEY,
         needs_key=api_key is not None,
-        is_assumed=not served.context,
     )
 
 

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import tomlkit
 from hypothesis import given, settings
@@ -83,6 +84,23 @@ def test_limits_and_abilities_are_those_of_the_server() -> None:
     with pytest.raises(EngineError, match="serves m, not 'other'"):
         served_facts(status, "http://h:1", "other")
     assert assumed_facts("http://h:1", "x").is_assumed
+    assert find_client("aider").warnings(facts) == (), "it edits by text, not by tool calls"
+
+
+def test_what_a_server_has_not_loaded_is_assumed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = ServedModel(id="m", source="m", loaded=False, created=0, context=0)
+    status = EngineStatus(state="ready", version="1", uptime_s=1.0, models=(served,))
+    facts = served_facts(status, "http://h:1/", "m@style", "key")
+    assert facts == assumed_facts("http://h:1", "m@style", api_key="key")
+    assert facts.calls_tools
+    answer = msgspec.to_builtins(status)
+    monkeypatch.setattr("mlx_optiq_ext.cli.commands.snippet.ask_server", lambda *_: answer)
+    assert _optiq("opencode", "--context", "40000", "--json") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["context"] == 40_000
+    assert "m is not loaded" in told.err
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -262,6 +280,20 @@ def test_the_command_shows_writes_and_takes_back(home: Path, capsys: pytest.Capt
     assert "changed by others" in capsys.readouterr().err
     assert _optiq("claude-code", "--undo", "--yes") == 0
     assert json.loads(path.read_text()) == {"env": {"MINE": "1"}, "permissions": {"deny": ["Read(.env)"]}}
+
+
+def test_a_file_at_home_itself_is_written_there(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = home / "project"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert _optiq("aider", "--model", "m", "--write", "--yes") == 0
+    assert "openai/m" in (home / ".aider.conf.yml").read_text()
+    assert list(elsewhere.iterdir()) == []
+    assert _optiq("aider", "--undo", "--yes") == 0
+    assert not (home / ".aider.conf.yml").exists()
+    capsys.readouterr()
 
 
 def test_a_real_key_reaches_the_file_and_no_screen(

@@ -67,6 +67,7 @@ CLIENT = Client(
     docs="https://aider.chat/docs/llms/openai-compat.html",
     program="aider",
     install="python -m pip install aider-install && aider-install",
+    calls_tools=False,
     files=_files,
     snippets=_snippets,
     session=_session,

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="Served model, or MODEL@ADAPTER; default: the first.")
     parser.add_argument("--base-url", default="", help="Address for the client, if not that of --url.")
     parser.add_argument(
-        "--context", metavar="TOKENS", type=int, default=0, help="Context to assume where no server answers."
+        "--context", metavar="TOKENS", type=int, default=0, help="Context to assume where no server says it."
     )
     parser.add_argument("--write", action="store_true", help="Merge into the client's own file.")
     parser.add_argument("--undo", action="store_true", help="Bring back what was there before --write.")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(args: argparse.Namespace, console: Console) -> ClientFacts:
-    """Of the server that answers, else assumed."""
+    """Of the model that a server has loaded, else assumed."""
     key = read_api_key(args.api_key_file)
     base = args.base_url or args.url
     try:
@@ -85,7 +85,15 @@ def _facts(args: argparse.Namespace, console: Console) -> ClientFacts:
         if not args.undo:
             console.note(f"note: {error}. Limits and abilities are assumed")
         return assumed_facts(base, args.model or _ANY_MODEL, args.context, key)
-    return served_facts(status, base, args.model, key)
+    facts = served_facts(status, base, args.model, key)
+    if not facts.is_assumed:
+        return facts
+    if not args.undo:
+        console.note(
+            f"note: {facts.model} is not loaded at {args.url}: limits and abilities are assumed. "
+            "Ask it something first, or give --context"
+        )
+    return assumed_facts(base, facts.model, args.context, key)
 
 
 def _change(
