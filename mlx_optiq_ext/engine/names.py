@@ -40,11 +40,13 @@ class ModelNames:
         return self._aliases
 
     def resolve(self, name: str) -> str:
-        """The model that answers to a name.
+        """The model that answers to a name; the default one where none is named.
 
         Raises:
             UnknownName: None does, and names are strict.
         """
+        if not name:
+            return self.models[0]
         if name in self.models:
             return name
         if name in self._aliases:

@@ -64,6 +64,7 @@ def test_every_name_reaches_a_model(asked: str, model: str) -> None:
 def test_strict_names_refuse_what_they_do_not_know() -> None:
     names = ModelNames(["org/one"], ["claude"], strict=True)
     assert names.resolve("claude") == "org/one"
+    assert names.resolve("") == "org/one", "no name is not an unknown one"
     with pytest.raises(UnknownName, match="no model 'gpt-4o'; there are org/one, claude"):
         names.resolve("gpt-4o")
 
