@@ -49,7 +49,7 @@ def rebind(old: Any, new: Any) -> int:
         How many names were changed.
     """
     count = 0
-    for module_name, module in list(sys.modules.items()):
+    for module_name, module in sys.modules.copy().items():
         if module_name.partition(".")[0] != "mlx_lm" or not isinstance(module, ModuleType):
             continue
         for name, value in list(vars(module).items()):
