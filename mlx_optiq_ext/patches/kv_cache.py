@@ -79,7 +79,7 @@ def _probe(module: ModuleType) -> str:
     from mlx_optiq_ext.kv import cache, codec, store  # deferred: only the doctor asks
     from mlx_optiq_ext.types.quant import KEEP
 
-    for name, loaded in list(sys.modules.items()):
+    for name, loaded in sys.modules.copy().items():
         if name.partition(".")[0] != "mlx_lm" or not hasattr(loaded, _NAME):
             continue
         try:
