@@ -52,6 +52,8 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     """Below the folder."""
     variable: str = ""
     """Environment variable that names another folder."""
+    others: tuple[str, ...] = ()
+    """Names of files that go before it in the client, where there is one."""
     format: Format
     settings: tuple[Setting, ...]
 
@@ -65,7 +67,7 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
         given = environ.get(self.variable, "") if self.variable else ""
         folder = given or self.folder
         place = home / folder[2:] if folder == "~" or folder.startswith("~/") else Path(folder)
-        return place / self.name
+        return next((place / name for name in self.others if (place / name).exists()), place / self.name)
 
 
 class Snippet(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +119,12 @@ class Client(msgspec.Struct, frozen=True, kw_only=True):
         """What will not work with this server."""
         found = []
         if facts.is_assumed:
-            return ()
+            if facts.context >= self.least_context:
+                return ()
+            return (
+                f"{self.title} needs a context of {self.least_context:,} tokens, {facts.context:,} are "
+                "assumed: start the server, or give --context",
+            )
         if facts.context < self.least_context:
             found.append(
                 f"{self.title} needs a context of {self.least_context:,} tokens, {facts.model} fits "

@@ -7,6 +7,7 @@ Text in, text out; knows no files. TOML and YAML keep comments and order (tomlki
 import io
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 from mlx_optiq_ext.errors import UsageError
@@ -39,19 +40,48 @@ def merged_text(format: Format, text: str, settings: tuple[Setting, ...]) -> str
         Unreadable: The text is not of that format, or one of our paths leads through something else.
         UsageError: The extra ``clients`` is not installed.
     """
-    return {"json": _json, "toml": _toml, "yaml": _yaml}[format](text, settings)
+    merged = {"json": _json, "toml": _toml, "yaml": _yaml}[format](text, settings)
+    return re.sub(r"(?<!\r)\n", "\r\n", merged) if "\r\n" in text else merged
 
 
 def _json(text: str, settings: tuple[Setting, ...]) -> str:
     try:
-        document = json.loads(text) if text.strip() else {}
+        document = (
+            json.loads(text, object_pairs_hook=_pairs, parse_float=_float, parse_constant=_constant)
+            if text.strip()
+            else {}
+        )
     except ValueError as error:
         raise Unreadable(
-            f"it is no plain JSON ({error}): comments could not be kept. Paste the settings yourself"
+            f"it is no plain JSON that could be kept whole ({error}). Paste the settings yourself"
         ) from error
     _put(_mapping(document), settings)
     indent = re.search(r"^([ \t]+)\S", text, re.MULTILINE)
-    return json.dumps(document, indent=indent.group(1) if indent else 2, ensure_ascii=False) + "\n"
+    written = json.dumps(
+        document,
+        indent=indent.group(1) if indent else 2,
+        # Half a surrogate pair is a character of JSON and none of UTF-8.
+        ensure_ascii="\\ud" in text.lower(),
+    )
+    return written + "\n"
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a key is there twice")
+    return document
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if Decimal(repr(value)) != Decimal(text):
+        raise ValueError(f"the number {text} would be rounded")
+    return value
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is no value in JSON")
 
 
 def _toml(text: str, settings: tuple[Setting, ...]) -> str:
@@ -97,6 +127,10 @@ def _yaml(text: str, settings: tuple[Setting, ...]) -> str:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
+    inner = re.search(r"^[^\s#-][^\n]*:[ \t]*\n( +)[^\s#-]", text, re.MULTILINE)
+    dash = re.search(r"^( *)[^\s#-][^\n]*:[ \t]*\n\1( *)- ", text, re.MULTILINE)
+    offset = len(dash.group(2)) if dash else 0
+    yaml.indent(mapping=len(inner.group(1)) if inner else 2, sequence=offset + 2, offset=offset)
     try:
         document = yaml.load(text) if text.strip() else None
     except YAMLError as error:
@@ -110,7 +144,9 @@ def _yaml(text: str, settings: tuple[Setting, ...]) -> str:
                 _parent(document, setting).yaml_add_eol_comment(setting.why, setting.path[-1])
     written = io.StringIO()
     yaml.dump(document, written)
-    return written.getvalue()
+    # Nothing holds the comments of a document that is empty.
+    kept = re.findall(r"^[ \t]*#[^\n]*\n?", text, re.MULTILINE) if is_fresh else ()
+    return "".join(line.rstrip("\r\n") + "\n" for line in kept) + written.getvalue()
 
 
 def _put(document: Any, settings: tuple[Setting, ...], make: type[Any] = dict) -> None:

@@ -6,6 +6,7 @@ beside it, and a record of the change in the user's state folder.
 
 import difflib
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic, write_json_atomic
 from mlx_optiq_integrations.client import ConfigFile
+from mlx_optiq_integrations.hide import hide_keys
 from mlx_optiq_integrations.merge import Unreadable, merged_text
 
 __all__ = ["Change", "UserFiles"]
@@ -38,16 +40,17 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def diff(self) -> str:
-        """The change as a unified diff."""
+        """The change as a unified diff, for a screen: values of keys and tokens are left out."""
         lines = difflib.unified_diff(
             (self.before or "").splitlines(keepends=True),
             (self.after or "").splitlines(keepends=True),
             "/dev/null" if self.before is None else str(self.path),
             "/dev/null" if self.after is None else str(self.path),
         )
-        return "".join(
+        text = "".join(
             line if line.endswith("\n") else f"{line}\n\\ No newline at the end\n" for line in lines
         )
+        return hide_keys(text)
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +60,8 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     backup: str | None
     """Where the former content is; None: there was no file."""
     written_sha256: str
+    earlier: "_Record | None" = None
+    """What was done before others changed the file and it was written again."""
 
 
 class UserFiles:
@@ -102,11 +107,12 @@ class UserFiles:
         assert change.after is not None
         after = change.after.encode()
         known = self._record(change.path)
-        if known is not None and change.before is not None and known.written_sha256 == _digest(change.before):
+        earlier = known
+        if known is not None and self.is_as_written(change):
             # Ours already: what was there before the first time is what --undo brings back.
-            backup = Path(known.backup) if known.backup else None
+            backup, earlier = Path(known.backup) if known.backup else None, known.earlier
         elif change.before is not None:
-            backup = change.path.with_name(change.path.name + _BACKUP)
+            backup = _free_name(change.path)
             write_bytes_atomic(backup, change.before.encode(), mode=_mode(change.path))
         else:
             backup = None
@@ -116,6 +122,7 @@ class UserFiles:
             path=str(change.path),
             backup=str(backup) if backup else None,
             written_sha256=_digest(change.after),
+            earlier=earlier,
         )
         write_json_atomic(self._record_file(change.path), record)
         return backup
@@ -136,9 +143,9 @@ class UserFiles:
         return Change(path=path, before=_read(path), after=former)
 
     def is_as_written(self, change: Change) -> bool:
-        """Whether nobody else has changed the file since we wrote it."""
+        """Whether nobody else has changed the file since we wrote it, or not so that it matters."""
         record = self._record(change.path)
-        return (
+        return change.is_empty or (
             record is not None
             and change.before is not None
             and record.written_sha256 == _digest(change.before)
@@ -146,6 +153,8 @@ class UserFiles:
 
     def undo(self, change: Change) -> None:
         """Bring back what was there before, or take the file away where there was none.
+
+        Where others had changed the file between two writes, that is what comes back; once more, the former.
 
         Raises:
             ResourceError: It cannot be written.
@@ -157,7 +166,10 @@ class UserFiles:
             change.path.unlink(missing_ok=True)
         if record is not None and record.backup:
             Path(record.backup).unlink(missing_ok=True)
-        self._record_file(change.path).unlink(missing_ok=True)
+        if record is not None and record.earlier is not None:
+            write_json_atomic(self._record_file(change.path), record.earlier)
+        else:
+            self._record_file(change.path).unlink(missing_ok=True)
 
     def _record_file(self, path: Path) -> Path:
         return self._records / f"{_digest(str(path))[:16]}.json"
@@ -178,6 +190,13 @@ def _read(path: Path) -> str | None:
         raise Unreadable(f"{path} is not UTF-8 text; nothing was changed") from error
     except OSError as error:
         raise ResourceError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _free_name(path: Path) -> Path:
+    """For a copy beside the file; no other copy is written over."""
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    copies = (path.with_name(path.name + _BACKUP + ending) for ending in endings)
+    return next(copy for copy in copies if not copy.exists())
 
 
 def _mode(path: Path) -> int:

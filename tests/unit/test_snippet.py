@@ -304,7 +304,8 @@ def test_a_real_key_reaches_the_file_and_no_screen(
     assert _optiq("opencode", "--model", "m", "--write", "--yes") == 0
     shown = capsys.readouterr()
     assert "sk-very-secret" not in shown.out + shown.err
-    assert "<OPTIQ_API_KEY>" in shown.err
+    assert "<OPTIQ_API_KEY>" in shown.out
+    assert "<hidden>" in shown.err
     path = home / ".config" / "opencode" / "opencode.json"
     assert json.loads(path.read_text())["provider"]["optiq"]["options"]["apiKey"] == "sk-very-secret"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

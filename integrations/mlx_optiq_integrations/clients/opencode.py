@@ -56,6 +56,7 @@ def _files(facts: ClientFacts) -> tuple[ConfigFile, ...]:
             folder="~/.config",
             variable="XDG_CONFIG_HOME",
             name="opencode/opencode.json",
+            others=("opencode/opencode.jsonc",),
             format="json",
             settings=_settings(facts),
         ),
