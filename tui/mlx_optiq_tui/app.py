@@ -5,6 +5,7 @@ follow the server and post messages; handlers change the state that screens draw
 """
 
 import contextlib
+import importlib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -62,6 +63,8 @@ class LabApp(App[None]):
 
     def __init__(self, client: ServerClient, *, is_demo: bool = False, first: str = "") -> None:
         super().__init__()
+        # Asks the terminal which pictures it can show, which is possible only before the app runs.
+        importlib.import_module("textual_image.widget")
         self.client = client
         self.is_demo = is_demo
         self.jobs = Jobs(self._job_changed)

@@ -79,10 +79,15 @@ class ConversationStore:
         Raises:
             ResourceError: The disk is full or the folder cannot be written.
         """
-        conversation = msgspec.structs.replace(conversation, changed=time.time())
-        self._make_folder(self.folder)
-        write_json_atomic(self._file(conversation.id), conversation)
-        return conversation
+        return self._write(msgspec.structs.replace(conversation, changed=time.time()))
+
+    def rename(self, conversation: Conversation, title: str) -> Conversation:
+        """Write it under another name, without making it the newest.
+
+        Raises:
+            ResourceError: See :meth:`save`.
+        """
+        return self._write(msgspec.structs.replace(conversation, title=title))
 
     def open(self, id: str) -> Conversation:
         """Read one.
@@ -151,6 +156,11 @@ class ConversationStore:
     def workspace(self, id: str) -> Path:
         """The folder that this conversation's tools may write in; not made yet."""
         return self._beside(id) / "workspace"
+
+    def _write(self, conversation: Conversation) -> Conversation:
+        self._make_folder(self.folder)
+        write_json_atomic(self._file(conversation.id), conversation)
+        return conversation
 
     def _entry(self, path: Path) -> ConversationEntry:
         try:

@@ -153,16 +153,22 @@ class Turn:
             if not message.tool_calls:
                 return
 
-    def cut(self) -> None:
-        """Keep what had been said when the answer was stopped or broke off; calls get an answer each."""
+    def cut(self) -> bool:
+        """Keep what had been said when the answer was stopped or broke off; calls get an answer each.
+
+        Returns:
+            Whether there was anything to cut.
+        """
+        was_answering, unanswered = self.answering is not None, _unanswered(self.conversation)
         if self.answering is not None:
             message = self.answering.message("stopped")
             if message.text or message.reasoning:
                 self._keep(message)
             self.answering = None
-        for call in _unanswered(self.conversation):
+        for call in unanswered:
             text = "The user stopped before this call was done."
             self._keep(ToolMessage(call_id=call.id, name=call.name, text=text, outcome="refused"))
+        return was_answering or bool(unanswered)
 
     async def _use(self, call: ToolUse) -> ToolMessage:
         if call.name not in self.conversation.settings.tools:
