@@ -161,6 +161,27 @@ def test_without_a_sandbox_code_is_refused_with_the_reason() -> None:
     assert (told.outcome, told.text) == ("failed", "error: bubblewrap is not installed; install it")
 
 
+def test_python_and_terminal_share_the_workspace_of_the_conversation(tmp_path: Path) -> None:
+    async def run() -> list[ToolMessage]:
+        box = ToolBox(tmp_path / "workspace")
+        try:
+            await box.prepare()
+        except NoSandbox as error:
+            pytest.skip(str(error))
+        code = "{\"code\": \"open('made.txt', 'w').write('kept'); print(6 * 7)\"}"
+        line = '{"command": "cat made.txt; exit 3"}'
+        uses = (
+            ToolUse(id="a", name="python", arguments=code),
+            ToolUse(id="b", name="terminal", arguments=line),
+        )
+        return [await box.run(use) for use in uses]
+
+    python, terminal = asyncio.run(run())
+    assert python.text == "exit code 0\nstdout:\n42\nfiles written: made.txt"
+    assert terminal.text == "exit code 3\nstdout:\nkept"
+    assert {python.outcome, terminal.outcome} == {"ran"}
+
+
 class Breaking:
     """Streams something, then fails."""
 

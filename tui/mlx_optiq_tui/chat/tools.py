@@ -140,7 +140,7 @@ class ToolBox:
         sandbox = await self.prepare()
         if name == "python":
             return _told_result(await sandbox.run(("python3", "-"), stdin=argument.encode()))
-        return _told_result(await sandbox.run(("sh", "-s"), stdin=argument.encode()))
+        return _told_result(await sandbox.run(("sh", "-c", argument)))
 
 
 async def search_web(query: str) -> tuple[Found, ...]:
