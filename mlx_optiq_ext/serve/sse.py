@@ -1,8 +1,9 @@
 """Answers to requests that generate: server-sent events while the engine works, or one document at the end.
 
 The engine accepts a request before anything is sent, so a refusal is a real 4xx; then headers and the first
-event leave at once, before prefill. A client that leaves cancels its jobs, streaming or not. Knows no
-dialect: each gives an :class:`EventWriter` and a :class:`Collector`.
+event leave at once, before prefill. A stream that has to wait for its model gets its headers after some
+seconds, and comments meanwhile. A client that leaves cancels its jobs, streaming or not. Knows no dialect: each
+gives an :class:`EventWriter` and a :class:`Collector`.
 """
 
 import asyncio
@@ -37,6 +38,9 @@ __all__ = [
 T = TypeVar("T")
 
 HEARTBEAT_S = 1.0
+HEADERS_S = 5.0
+"""How long a stream may go without headers; a refusal that takes longer is told in the stream."""
+_WAITING = b": waiting for the model\n\n"
 _LAST_EVENTS_S = 2.0
 """How long a row may take to leave, until its request is logged without the tokens it took."""
 _LINE_ENDS = {"\x85".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
@@ -128,10 +132,10 @@ def stream_answer(run: Run, writer: EventWriter) -> ASGIApp:
 
         async def work() -> None:
             async with run:
-                accepted = await _accepted(run, account)
-                await send(_start("text/event-stream; charset=utf-8", {"cache-control": "no-cache"}))
-                await _send_more(send, writer.first(accepted))
-                await _send_events(run, writer, send, account)
+                accepted = await _begun(run, writer, send, account)
+                if accepted is not None:
+                    await _send_more(send, writer.first(accepted))
+                    await _send_events(run, writer, send, account)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await _unless_left(receive, work(), run, account)
@@ -197,6 +201,29 @@ async def _accepted(run: Run, account: Account) -> Accepted:
     return accepted[0]
 
 
+async def _begun(run: Run, writer: EventWriter, send: Send, account: Account) -> Accepted | None:
+    """Send the headers when the request is accepted, or when that takes long; None: refused after them."""
+    start = _start("text/event-stream; charset=utf-8", {"cache-control": "no-cache"})
+    accepting = asyncio.ensure_future(_accepted(run, account))
+    try:
+        await asyncio.wait((accepting,), timeout=HEADERS_S)
+        if accepting.done():
+            accepting.result()
+            await send(start)
+        else:
+            await send(start)
+            while not accepting.done():
+                await _send_more(send, _WAITING)
+                await asyncio.wait((accepting,), timeout=HEARTBEAT_S)
+    finally:
+        accepting.cancel()
+    try:
+        return accepting.result()
+    except Exception as error:  # noqa: BLE001 - a border: headers are out, so the stream itself tells
+        await _tell(error, writer, send, account)
+        return None
+
+
 async def _send_events(run: Run, writer: EventWriter, send: Send, account: Account) -> None:
     sent, prefill = time.monotonic(), PrefillLog(account)
     try:
@@ -213,9 +240,14 @@ async def _send_events(run: Run, writer: EventWriter, send: Send, account: Accou
                 sent = time.monotonic()
                 await _send_more(send, chunk)
     except Exception as error:  # noqa: BLE001 - a border: headers are out, so the stream itself tells
-        problem = problem_of(error)
-        account.see(problem)
-        await _send_more(send, writer.failed(problem))
+        await _tell(error, writer, send, account)
+
+
+async def _tell(error: Exception, writer: EventWriter, send: Send, account: Account) -> None:
+    """End the stream with an error."""
+    problem = problem_of(error)
+    account.see(problem)
+    await _send_more(send, writer.failed(problem))
 
 
 async def _unless_left(
