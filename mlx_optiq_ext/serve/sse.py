@@ -2,8 +2,8 @@
 
 The engine accepts a request before anything is sent, so a refusal is a real 4xx; then headers and the first
 event leave at once, before prefill. A stream that has to wait for its model gets its headers after some
-seconds, and comments meanwhile. A client that leaves cancels its jobs, streaming or not. Knows no dialect: each
-gives an :class:`EventWriter` and a :class:`Collector`.
+seconds, and comments meanwhile. A client that leaves cancels its jobs, streaming or not. Knows no dialect:
+each gives an :class:`EventWriter` and a :class:`Collector`.
 """
 
 import asyncio
