@@ -60,7 +60,7 @@ class LabScreen(Screen[None]):
         yield from ()
 
     def on_mount(self) -> None:
-        """Follow what the app knows."""
+        """Follow what the app knows; Textual calls this after the screen's own, which must not."""
         self.watch(self.lab, "status", self.status_changed)
         self.lab.job_signal.subscribe(self, self.job_changed)
 

@@ -86,7 +86,6 @@ Mounting and unmounting disturb no answer that is running."""
     def on_mount(self) -> None:
         """Begin with the table."""
         self.query_one("#table", DataTable).add_columns(*_COLUMNS)
-        super().on_mount()
         self.action_table()
 
     def on_screen_resume(self) -> None:

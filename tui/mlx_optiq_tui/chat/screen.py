@@ -74,7 +74,6 @@ Conversations are kept on this machine, each in a file of its own."""
     def on_mount(self) -> None:
         """Begin a conversation."""
         self.desk = Desk(is_demo=self.lab.is_demo)
-        super().on_mount()
         self.watch(lab_of(self), "connection", self._draw_next)
         self.call_later(self.draw_all)
 

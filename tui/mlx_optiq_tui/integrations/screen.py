@@ -78,7 +78,6 @@ beside it; `z` brings that back. A key is hidden here and is in what is copied."
 
     def on_mount(self) -> None:
         """Begin with the first client."""
-        super().on_mount()
         self.watch(self.lab, "connection", self._draw_waiting)
         clients = self.query_one(OptionList)
         clients.highlighted = 0

@@ -109,7 +109,6 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
 
     def on_mount(self) -> None:
         """Begin to follow the log."""
-        super().on_mount()
         for label, width in _COLUMNS.items():
             self.query_one(DataTable).add_column(label, width=width)
         self.watch(lab_of(self), "connection", self._draw_waiting)
