@@ -62,6 +62,9 @@ class AdapterDesk:
             try:
                 loaded.adapters.add(name, folder, _shown(source))
                 self._wanted.setdefault(spec.name, {})[name] = (folder, _shown(source))
+            except AdapterError as error:
+                # Who asked over HTTP learns what is wrong, not where folders are.
+                raise AdapterError(str(error).replace(str(folder), _shown(source))) from error
             finally:
                 self._owner.let_go(spec.name)
             self._changed()

@@ -180,16 +180,19 @@ def test_adapters_come_back_with_their_model(engine: LocalEngine) -> None:
 def test_what_cannot_be_mounted_is_refused_with_the_reason(engine: LocalEngine, shelf: Path) -> None:
     _write(shelf / "wide", 1, wide=8)
     _write(shelf / "broken", 1, value=float("inf"))
+    (shelf / "empty").mkdir()
     for name, source, kind, message in (
         ("wide", "wide", AdapterError, "q_proj has shape"),
         ("broken", "broken", AdapterError, "not finite"),
+        ("empty", "empty", AdapterError, r"^empty"),
         ("a", "a", RequestError, "mounted already"),
         ("x", "../tiny", RequestError, "no adapter folder in one of --adapters-dir"),
         ("x", str(shelf.parent), RequestError, "no adapter folder"),
         ("x", "nothing-here", RequestError, "no adapter folder"),
     ):
-        with pytest.raises(kind, match=message):
+        with pytest.raises(kind, match=message) as refused:
             engine.mount(name, source).result(30)
+        assert source == str(shelf.parent) or str(shelf) not in str(refused.value)
     for name in ("", "a b", "../x", "base", "x" * 80):
         with pytest.raises(RequestError, match="no name for an adapter"):
             engine.mount(name, "a")
