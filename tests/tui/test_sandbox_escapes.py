@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_optiq_ext.errors import ResourceError
 from mlx_optiq_tui.chat.sandbox.place import Launcher
 from mlx_optiq_tui.chat.sandbox.probe import NoSandbox, find_launcher, prove
 from mlx_optiq_tui.chat.sandbox.result import SandboxLimits, SandboxResult
@@ -217,6 +218,100 @@ def test_files_cannot_grow_beyond_their_limit(python: Run, workspace: Path) -> N
         files=300,
     )
     assert "more than 300 files" in empty.stopped
+
+
+def test_files_hide_from_no_limit(launcher: Launcher, tmp_path: Path) -> None:
+    """Removed but open, in a closed folder, deeper than a path reaches: each is counted or stopped."""
+    fill = "\nimport time; time.sleep(2)\n"
+    ways = {
+        "removed": "held = []\n"
+        "for _ in range(8):\n"
+        "    held.append(open('one', 'wb', 0)); held[-1].write(bytes(2**21)); os.unlink('one')",
+        "closed": "os.mkdir('shut')\n"
+        "for number in range(8):\n"
+        "    os.chmod('shut', 0o700); open(f'shut/{number}', 'wb', 0).write(bytes(2**21))\n"
+        "    os.chmod('shut', 0)",
+        "deep": "for _ in range(30):\n"
+        "    os.mkdir('d' * 250); os.chdir('d' * 250)\n"
+        "for number in range(8): open(str(number), 'wb', 0).write(bytes(2**21))",
+    }
+    limits = SandboxLimits(wall_s=20.0, disk_nbytes=2**22)
+
+    async def tried(name: str) -> SandboxResult:
+        code = f"import ctypes, os\nctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\n{ways[name]}{fill}"
+        words = ("python3", "-")
+        return await run_confined(launcher, tmp_path / name / "in", words, stdin=code.encode(), limits=limits)
+
+    async def all_of_them() -> list[SandboxResult]:
+        return await asyncio.gather(*map(tried, ways))
+
+    names = list(ways) if sys.platform == "linux" else ["closed", "deep"]
+    for name, done in zip(ways, asyncio.run(all_of_them()), strict=True):
+        assert name not in names or "its files" in done.stopped or "cannot be counted" in done.stopped, name
+
+
+def test_what_was_left_can_be_cleared_up(shell: Run, workspace: Path) -> None:
+    made = shell("mkdir shut; for n in 1 2 3; do head -c 1000000 /dev/zero > shut/$n; done; chmod 0 shut")
+    assert made.stopped == "" or "cannot be counted" in made.stopped
+    done = shell("sleep 0.3; rm -r shut; ls", disk_nbytes=2**20, files=2)
+    assert (done.stopped, done.exit_code, done.stdout) == ("", 0, "")
+    assert list(workspace.iterdir()) == []
+
+
+def test_a_nearly_full_disk_is_left_alone(shell: Run) -> None:
+    assert "the disk has less than" in shell("sleep 10", spare_nbytes=2**60).stopped
+
+
+def test_names_and_words_that_are_no_text_are_survived(python: Run, shell: Run) -> None:
+    made = python(
+        "open(b'\\xff\\x1b]0;t\\x07', 'w').close(); import sys; sys.stdout.buffer.write(b'\\xff\\x00')"
+    )
+    assert made.files == ("\\xff\x1b]0;t\x07",)
+    assert made.stdout == "\\xff\0"
+    with pytest.raises(ResourceError, match="null"):
+        shell("echo \0")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="system calls of Linux")
+def test_memory_and_sockets_that_nothing_confines_are_refused(python: Run) -> None:
+    done = python(
+        "import ctypes, os, socket\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "def has(family):\n"
+        "    try:\n"
+        "        return bool(socket.socket(family, socket.SOCK_STREAM))\n"
+        "    except OSError:\n"
+        "        return False\n"
+        "print([family for family in range(46) if has(family)])\n"
+        "print(libc.memfd_create(b'x', 0), libc.shmget(0, 4096, 0o600), libc.semget(0, 1, 0o600))\n"
+    )
+    families, memory = done.stdout.splitlines()
+    assert set(eval(families)) <= {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6}
+    assert memory == "-1 -1 -1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a scratch folder lies beside the workspace on Linux")
+def test_a_dashboard_that_is_killed_leaves_nothing(shell: Run, workspace: Path) -> None:
+    code = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from mlx_optiq_tui.chat.sandbox import probe, run\n"
+        "asyncio.run(run.run_confined(probe.find_launcher(), Path(sys.argv[1]),"
+        " ('sh', '-c', 'echo > begun; sleep 62.5')))\n"
+    )
+    dashboard = subprocess.Popen([sys.executable, "-c", code, str(workspace)])
+    while not (workspace / "begun").exists():
+        time.sleep(0.02)
+    dashboard.kill()
+    dashboard.wait()
+    until = time.monotonic() + 5
+    while (listed := subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True).stdout) and (
+        "sleep 62.5" in listed and time.monotonic() < until
+    ):
+        time.sleep(0.05)
+    assert "sleep 62.5" not in listed
+    assert len(list(workspace.parent.glob("optiq-sandbox-*"))) == 1
+    shell("true")
+    assert list(workspace.parent.glob("optiq-sandbox-*")) == []
 
 
 def test_memory_is_limited_alone_and_together(python: Run) -> None:

@@ -17,8 +17,8 @@ from mlx_optiq_tui.chat.sandbox.seatbelt import Seatbelt
 from mlx_optiq_tui.chat.sandbox.syscalls import seccomp_filter
 
 PLACE = Place(workspace=Path("/data/workspace"), scratch=Path("/data/scratch"))
-PTRACE_X86, GETPID_X86, CLONE_X86, CLONE3_X86 = 101, 39, 56, 435
-ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+PTRACE_X86, GETPID_X86, CLONE_X86, CLONE3_X86, SOCKET_X86, PRCTL_X86 = 101, 39, 56, 435, 41, 157
+ALLOW, KILL, EPERM, ENOSYS, EAFNOSUPPORT = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026, 0x00050061
 X86 = 0xC000003E
 
 
@@ -123,6 +123,10 @@ def test_the_filter_refuses_what_it_lists_and_nothing_else() -> None:
     assert run_filter(program, CLONE3_X86) == ENOSYS
     assert run_filter(program, CLONE_X86, 0x10000000) == EPERM  # CLONE_NEWUSER
     assert run_filter(program, CLONE_X86, 0x003D0F00) == ALLOW  # a thread
+    assert [run_filter(program, SOCKET_X86, family) for family in (1, 2, 10, 16)] == [ALLOW] * 4
+    assert {run_filter(program, SOCKET_X86, family) for family in (0, 3, 17, 38, 40)} == {EAFNOSUPPORT}
+    assert run_filter(program, PRCTL_X86, 4) == EPERM  # PR_SET_DUMPABLE
+    assert run_filter(program, PRCTL_X86, 15) == ALLOW  # PR_SET_NAME
     arm = seccomp_filter("aarch64")
     assert arm is not None
     assert run_filter(arm, 117, architecture=0xC00000B7) == EPERM

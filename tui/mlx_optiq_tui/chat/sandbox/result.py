@@ -15,14 +15,18 @@ class SandboxLimits(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: int = 60
     """Of each process."""
     memory_nbytes: int = 2 * 2**30
-    """Resident, all processes together."""
+    """Resident, all processes together; on Linux also what each may ask for."""
     address_space_nbytes: int = 8 * 2**30
     """Of each process; not enforced by macOS."""
     processes: int = 64
     """Threads count too."""
+    open_files: int = 512
+    """Of each process."""
     file_nbytes: int = 256 * 2**20
     disk_nbytes: int = 2**30
-    """Workspace and scratch together."""
+    """Workspace and scratch together, and on Linux files that were removed and are still open."""
+    spare_nbytes: int = 2**30
+    """A program is stopped when the disk has less than this left, whoever filled it."""
     files: int = 20_000
     output_nbytes: int = 32 * 2**10
     """Of each stream, kept; the rest is counted."""

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +18,23 @@ import msgspec
 
 from mlx_optiq_ext.errors import ResourceError
 from mlx_optiq_tui.chat.sandbox import enter
+from mlx_optiq_tui.chat.sandbox.borrowed import Borrowed
 from mlx_optiq_tui.chat.sandbox.output import KeptOutput
 from mlx_optiq_tui.chat.sandbox.place import Launcher, Place, python_executable, sandbox_environment
 from mlx_optiq_tui.chat.sandbox.result import SandboxLimits, SandboxResult
 from mlx_optiq_tui.chat.sandbox.syscalls import seccomp_filter
-from mlx_optiq_tui.chat.sandbox.usage import folder_files, folder_use, process_use
+from mlx_optiq_tui.chat.sandbox.usage import (
+    FolderUse,
+    folder_files,
+    folder_use,
+    process_use,
+    removed_nbytes,
+)
 
 __all__ = ["run_confined"]
 
+_SLACK_FILES, _SLACK_NBYTES = 100, 2**20
+"""What may come to folders that are full already, so that a program can clear them up."""
 _LOOK_S = 0.1
 _END_S = 5.0
 _MAX_LISTED = 50
@@ -52,20 +60,14 @@ async def run_confined(
         ResourceError: The program cannot be started at all.
     """
     limits = limits or SandboxLimits()
-    workspace = workspace.absolute()
-    workspace.mkdir(mode=0o700, parents=True, exist_ok=True)
-    before = await asyncio.to_thread(folder_files, workspace, limits.files)
-    scratch = Path(tempfile.mkdtemp(prefix="optiq-sandbox-")).resolve()
-    place = Place(workspace=workspace.resolve(), scratch=scratch)
+    borrowed = await asyncio.to_thread(Borrowed, launcher, workspace.absolute())
+    place = borrowed.place
     try:
-        if launcher.user is not None:
-            for folder in (place.workspace, place.scratch):
-                os.chown(folder, launcher.user, launcher.user)
-        run = _Run(launcher, place, limits)
-        result = await run.follow(words, stdin)
+        before = await asyncio.to_thread(folder_files, place.workspace, limits.files)
+        result = await _Run(launcher, place, limits).follow(words, stdin)
+        after = await asyncio.to_thread(folder_files, place.workspace, limits.files)
     finally:
-        await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
-    after = await asyncio.to_thread(folder_files, workspace, limits.files)
+        await asyncio.to_thread(borrowed.give_back)
     made = sorted(path for path, told in after.items() if before.get(path) != told)
     return msgspec.structs.replace(result, files=tuple(made[:_MAX_LISTED]))
 
@@ -76,6 +78,7 @@ class _Run:
         self._stop = asyncio.Event()
         self._stopped = ""
         self._pids: set[int] = set()
+        self._at_first: FolderUse | None = None
 
     async def follow(self, words: Sequence[str], stdin: bytes) -> SandboxResult:
         """Start, watch and end it."""
@@ -89,24 +92,34 @@ class _Run:
             asyncio.create_task(output.follow(stream))
             for output, stream in zip(outputs, (process.stdout, process.stderr), strict=True)
         ]
-        tasks = [
-            asyncio.create_task(_feed(process.stdin, stdin)),
-            asyncio.create_task(self._watch(process.pid)),
+        feeding = asyncio.create_task(_feed(process.stdin, stdin))
+        watchers = [
+            asyncio.create_task(self._watch_processes(process.pid)),
+            asyncio.create_task(self._watch_files()),
         ]
         ended = asyncio.create_task(process.wait())
         stopped = asyncio.create_task(self._stop.wait())
+        tasks = (feeding, *watchers, *readers, stopped)
         try:
             done, _ = await asyncio.wait(
-                (ended, stopped), timeout=self._limits.wall_s, return_when=asyncio.FIRST_COMPLETED
+                (ended, stopped, *watchers),
+                timeout=self._limits.wall_s,
+                return_when=asyncio.FIRST_COMPLETED,
             )
             if not done:
                 self._end(f"it ran longer than {self._limits.wall_s:g} seconds")
+            for watcher in done & set(watchers):
+                # Nothing runs that nobody watches.
+                watcher.result()
+        except OSError as error:
+            raise ResourceError(f"the program cannot be watched here: {error}") from error
         finally:
             self._kill(process)
             await asyncio.wait((ended,), timeout=_END_S)
             await asyncio.wait(readers, timeout=_END_S)
-            for task in (*tasks, *readers, stopped):
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         out, err = outputs
         return SandboxResult(
             exit_code=process.returncode if process.returncode is not None else -signal.SIGKILL,
@@ -145,6 +158,8 @@ class _Run:
             )
         except OSError as error:
             raise ResourceError(f"cannot start {outside.words[0]}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ResourceError(f"no program can be told this: {error}") from error
         finally:
             if descriptor is not None:
                 os.close(descriptor)
@@ -160,28 +175,54 @@ class _Run:
             "CPU": limits.cpu_s,
             "FSIZE": limits.file_nbytes,
             "NPROC": processes,
+            "NOFILE": limits.open_files,
             "AS": limits.address_space_nbytes,
+            "DATA": limits.memory_nbytes,
+            "MSGQUEUE": 0,
             "user": self._launcher.user,
             "folder": str(folder),
         }
         if sys.platform == "darwin":
-            del told["AS"]  # refused or without effect there
+            for name in ("AS", "DATA", "MSGQUEUE"):  # refused, without effect or unknown there
+                del told[name]
         return msgspec.json.encode(told).decode()
 
-    async def _watch(self, pid: int) -> None:
+    async def _watch_processes(self, pid: int) -> None:
         limits = self._limits
         while True:
             used = await asyncio.to_thread(process_use, pid)
             self._pids.update(used.pids)
-            folders = (self._place.workspace, self._place.scratch)
-            disk = [await asyncio.to_thread(folder_use, folder, limits.files) for folder in folders]
             if used.resident_nbytes > limits.memory_nbytes:
                 self._end(f"it took more than {limits.memory_nbytes / 2**20:g} MiB of memory")
-            elif sum(each.nbytes for each in disk) > limits.disk_nbytes:
-                self._end(f"its files took more than {limits.disk_nbytes / 2**20:g} MiB")
-            elif sum(each.files for each in disk) > limits.files:
-                self._end(f"it made more than {limits.files} files")
             await asyncio.sleep(_LOOK_S)
+
+    async def _watch_files(self) -> None:
+        """What was there before it began is not held against it: it may have been asked to clear up."""
+        limits = self._limits
+        while True:
+            used = await asyncio.to_thread(self._folder_use)
+            self._at_first = self._at_first or used
+            removed = await asyncio.to_thread(removed_nbytes, tuple(self._pids))
+            free = shutil.disk_usage(self._place.workspace).free
+            if used.uncountable:
+                self._end(f"it made folders that cannot be counted ({used.uncountable})")
+            elif used.nbytes + removed > max(limits.disk_nbytes, self._at_first.nbytes + _SLACK_NBYTES):
+                self._end(f"its files took more than {limits.disk_nbytes / 2**20:g} MiB")
+            elif used.files > max(limits.files, self._at_first.files + _SLACK_FILES):
+                self._end(f"it made more than {limits.files} files")
+            elif free < limits.spare_nbytes:
+                self._end(f"the disk has less than {limits.spare_nbytes / 2**20:g} MiB left")
+            await asyncio.sleep(_LOOK_S)
+
+    def _folder_use(self) -> FolderUse:
+        """Of workspace and scratch."""
+        most = max(self._limits.files, self._at_first.files + _SLACK_FILES) if self._at_first else sys.maxsize
+        uses = [folder_use(folder, most) for folder in (self._place.workspace, self._place.scratch)]
+        return FolderUse(
+            files=sum(each.files for each in uses),
+            nbytes=sum(each.nbytes for each in uses),
+            uncountable=next((each.uncountable for each in uses if each.uncountable), ""),
+        )
 
     def _too_much_output(self) -> None:
         most = self._limits.output_nbytes + self._limits.dropped_nbytes
@@ -213,7 +254,7 @@ def _filter_descriptor() -> int | None:
     program = seccomp_filter()
     if program is None:
         return None
-    descriptor = os.memfd_create("seccomp", 0)
+    descriptor = os.memfd_create("seccomp")
     os.write(descriptor, program)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor

@@ -1,11 +1,13 @@
 """A seccomp filter for programs in the sandbox: system calls that only somebody who wants out needs.
 
 Namespaces are the wall; this closes the parts of the kernel that breaks of walls were made of: new namespaces
-and mounts, other processes' memory, keys, eBPF, io_uring, modules. Refused calls fail with EPERM, ``clone3``
+and mounts, other processes' memory, keys, eBPF, io_uring, modules. It also closes what passes by the wall and
+the limits: sockets of families without namespaces (``AF_VSOCK`` reaches the host of a virtual machine), and
+memory that no process's count holds. Refused calls fail with EPERM, sockets with EAFNOSUPPORT, ``clone3``
 with ENOSYS, for its flags cannot be seen and C libraries then use ``clone``.
 
-Source: Linux, ``include/uapi/linux/{seccomp,filter,audit,sched}.h`` and the system call tables of x86-64 and
-arm64.
+Source: Linux, ``include/uapi/linux/{seccomp,filter,audit,sched}.h``, ``include/linux/socket.h``, and the
+system call tables of x86-64 and arm64.
 """
 
 import errno
@@ -29,6 +31,11 @@ _REFUSED: dict[str, tuple[int, int]] = {
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -43,6 +50,17 @@ _REFUSED: dict[str, tuple[int, int]] = {
     "fsmount": (432, 432),
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
+    "open_tree_attr": (467, 467),
+    "listmount": (458, 458),
+    "statmount": (457, 457),
+    "fanotify_init": (300, 262),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "acct": (163, 89),
+    "syslog": (103, 116),
+    "lookup_dcookie": (212, 18),
+    "move_pages": (279, 239),
+    "process_madvise": (440, 440),
     "unshare": (272, 97),
     "setns": (308, 268),
     "name_to_handle_at": (303, 264),
@@ -59,6 +77,12 @@ _REFUSED: dict[str, tuple[int, int]] = {
 _CLONE = (56, 220)
 _CLONE3 = (435, 435)
 _NEW_NAMESPACES = 0x7E020000
+_PRCTL = (157, 167)
+_SET_DUMPABLE = 4
+"""``PR_SET_DUMPABLE``: a program could hide from us what it holds open."""
+_SOCKET = (41, 198)
+_FAMILIES = (1, 2, 10, 16)
+"""AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: what a network namespace confines."""
 _X32 = 0x40000000
 """System calls of the x32 ABI have this bit."""
 
@@ -88,7 +112,13 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
     ]
     for numbers in _REFUSED.values():
         program += [_instruction(_EQUAL, numbers[column], otherwise=1), refuse]
+    program += _only_families(_SOCKET[column])
     program += [
+        _instruction(_EQUAL, _PRCTL[column], otherwise=4),
+        _instruction(_LOAD, _FIRST_ARGUMENT),
+        _instruction(_EQUAL, _SET_DUMPABLE, otherwise=1),
+        refuse,
+        _instruction(_RETURN, _ALLOW),
         _instruction(_EQUAL, _CLONE3[column], otherwise=1),
         _instruction(_RETURN, _ERRNO | errno.ENOSYS),
         _instruction(_EQUAL, _CLONE[column], otherwise=3),
@@ -98,6 +128,21 @@ def seccomp_filter(machine: str | None = None) -> bytes | None:
         _instruction(_RETURN, _ALLOW),
     ]
     return b"".join(program)
+
+
+def _only_families(number: int) -> list[bytes]:
+    """Let ``socket`` pass for the families listed, and other calls go on."""
+    program = [
+        _instruction(_EQUAL, number, otherwise=len(_FAMILIES) + 3),
+        _instruction(_LOAD, _FIRST_ARGUMENT),
+    ]
+    for left, family in zip(range(len(_FAMILIES), 0, -1), _FAMILIES, strict=True):
+        program.append(_instruction(_EQUAL, family, then=left))
+    return [
+        *program,
+        _instruction(_RETURN, _ERRNO | errno.EAFNOSUPPORT),
+        _instruction(_RETURN, _ALLOW),
+    ]
 
 
 def _instruction(code: int, value: int, *, then: int = 0, otherwise: int = 0) -> bytes:
