@@ -6,23 +6,32 @@ import pytest
 from support_models import LLAMA, save_model_folder, tiny_model
 from support_tables import make_table
 
+from mlx_optiq_ext.allocate.bitmap import allocate
 from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
-from mlx_optiq_ext.errors import ModelNotFound
+from mlx_optiq_ext.errors import BudgetInfeasible, ModelNotFound, UsageError
+from mlx_optiq_ext.types.options import AllocateOptions
+from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
 from mlx_optiq_tui.quantize.budget import (
     BudgetRange,
     budget_curve,
     budget_range,
-    choose,
     compare,
     curve_points,
 )
 from mlx_optiq_tui.quantize.commands import convert_words, measure_words, places_of, score_words
 from mlx_optiq_tui.quantize.fit import fit_of, fit_table, machine_memory_nbytes
 from mlx_optiq_tui.quantize.model_facts import ModelFacts, facts_of_folder
-from mlx_optiq_tui.quantize.pictures import choice_text, curve_text, map_text
+from mlx_optiq_tui.quantize.pictures import choice_text, curve_text, wishes_text
 from mlx_optiq_tui.quantize.recorded import recorded_table
+from mlx_optiq_tui.quantize.wishes import Wishes, bpw_of, pin_patterns
+from mlx_optiq_tui.themes import Inks
 
 TABLE = make_table(blocks=4)
+
+
+def choose(table: SensitivityTable, bpw: float, wishes: Wishes | None = None) -> Allocation:
+    """What the slider chooses."""
+    return allocate(table, (wishes or Wishes()).options(table, bpw))
 
 
 def test_the_slider_runs_from_the_cheapest_allocation_to_the_costliest() -> None:
@@ -107,7 +116,7 @@ def test_commands_say_what_was_chosen(tmp_path: Path) -> None:
     places = places_of("tiny", tmp_path, 4.55)
     assert places.out == str(tmp_path / "tiny-optiq-4.55bpw")
     assert measure_words("acme/tiny", places.table, ("--seed", "1"))[-2:] == ("--seed", "1")
-    words = convert_words("acme/tiny", places.table, places.out, 4.55)
+    words = convert_words("acme/tiny", places.table, places.out, Wishes().options(TABLE, 4.55))
     assert words[0] == "convert"
     assert words[-4:] == ("--sensitivity", places.table, "--target-bpw", "4.55")
     assert "--uniform" not in score_words("acme/tiny", places.out, "")
@@ -116,9 +125,85 @@ def test_commands_say_what_was_chosen(tmp_path: Path) -> None:
 def test_pictures_say_what_was_chosen_in_words() -> None:
     table = recorded_table()
     chosen = choose(table, 5.0)
-    text = choice_text(table, chosen, None).plain
-    assert "of at most 5.00" in text
+    text = choice_text(table, chosen, None, Inks(accent="blue", good="blue", bad="red")).plain
+    assert "of at most 5 " in text
     assert "uniform within it 4g64" in text
-    assert "q_proj" in map_text(table, chosen, 78, by_bits=True).plain
-    assert "Sensitivity" in map_text(table, chosen, 78, by_bits=False).plain
     assert "stored bits per weight" in curve_text(table, chosen, curve_points(table), 78, 16).plain
+
+
+PATHS = tuple(path for unit in TABLE.units for path in unit.paths)
+QUERIES = tuple(path for path in PATHS if path.endswith("q_proj"))
+FIRST = tuple(path for path in PATHS if path.startswith("model.layers.0."))
+
+
+def test_what_is_pinned_wider_stays_so_at_every_budget_and_can_be_freed() -> None:
+    chosen = choose(TABLE, 4.0)
+    wishes = Wishes().stepped(TABLE, chosen, QUERIES, 1)
+    for path in QUERIES:
+        assert wishes.pins[path].bits > chosen.bit_map.choices[path].bits
+    for bpw in (3.5, 4.0, 6.0):
+        pinned = choose(TABLE, bpw, wishes)
+        assert {path: pinned.bit_map.choices[path] for path in QUERIES} == dict(wishes.pins)
+        assert pinned.achieved_bpw <= bpw
+        assert pinned.predicted_divergence >= choose(TABLE, bpw).predicted_divergence
+    freed = wishes.freed(TABLE, QUERIES[1:])
+    assert set(freed.pins) == {QUERIES[0]}
+    assert choose(TABLE, 4.0, freed.freed(TABLE, QUERIES)).bit_map == chosen.bit_map
+
+
+def test_steps_end_at_the_widest_and_the_narrowest_choice() -> None:
+    wishes = Wishes()
+    for _ in range(8):
+        wishes = wishes.stepped(TABLE, choose(TABLE, 6.0, wishes), QUERIES[:1], -1)
+    assert wishes.pins[QUERIES[0]].bits == 2
+    for _ in range(8):
+        wishes = wishes.stepped(TABLE, choose(TABLE, 6.0, wishes), QUERIES[:1], 1)
+    assert wishes.pins[QUERIES[0]].bits == 8
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (QUERIES, ("model.layers.*.self_attn.q_proj=8g64",)),
+        (FIRST, ("model.layers.0.*=8g64",)),
+        (QUERIES[:1], ("model.layers.0.self_attn.q_proj=8g64",)),
+        (QUERIES[:2], tuple(f"model.layers.{block}.self_attn.q_proj=8g64" for block in range(2))),
+        (("model.embed_tokens",), ("model.embed_tokens=8g64",)),
+    ],
+    ids=["kind", "block", "module", "two", "outside"],
+)
+def test_pins_are_said_in_the_fewest_words_that_pin_nothing_else(
+    paths: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    choice = Choice(bits=8, group_size=64)
+    assert pin_patterns(dict.fromkeys(paths, choice), PATHS) == words
+    forced = allocate(TABLE, AllocateOptions(target_bpw=8.0, pin=words)).pins
+    assert {pin.path for pin in forced} == set(paths)
+
+
+def test_wishes_reach_the_command_and_the_words() -> None:
+    wishes = Wishes(pins=dict.fromkeys(QUERIES, Choice(bits=8, group_size=64)), edges=True)
+    words = convert_words("m", "t", "o", wishes.options(TABLE, 7.5))
+    assert words[-6:] == (
+        *("--target-bpw", "7.5"),
+        *("--pin", "model.layers.*.self_attn.q_proj=8g64"),
+        *("--protect", "edges"),
+    )
+    said = wishes_text(choose(TABLE, 7.5, wishes), wishes, "here")
+    assert said.startswith("edges protected, 4 pinned, that costs KL ")
+    assert said.endswith("\nhere")
+    assert wishes_text(choose(TABLE, 5.5), Wishes(), "") == ""
+
+
+def test_a_size_or_a_memory_pays_what_convert_says_it_pays() -> None:
+    facts = ModelFacts(source="acme/tiny", numel=TABLE.total_numel, config=dict(LLAMA))
+    per_token = kv_bytes_per_token(LLAMA, 4096)
+    for size, memory in (("20MB", ""), ("", "300MB")):
+        bpw = bpw_of(TABLE, facts, size=size, memory=memory, context=4096)
+        options = AllocateOptions(target_size=size or None, fit=memory or None, context=4096)
+        paid = allocate(TABLE, options, kv_bytes_per_token=per_token).target_bpw
+        assert paid - 0.001 <= bpw <= paid
+    with pytest.raises(UsageError, match=r"config\.json"):
+        bpw_of(TABLE, None, memory="8GB", context=4096)
+    with pytest.raises(BudgetInfeasible, match="nothing is left"):
+        bpw_of(TABLE, facts, memory="200MB", context=4096)

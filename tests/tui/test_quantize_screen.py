@@ -134,6 +134,62 @@ def test_the_slider_moves_by_keys_and_mouse() -> None:
     piloted(app, script)
 
 
+def test_modules_are_pinned_in_the_map_and_the_command_says_so() -> None:
+    app = demo_lab("quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        await until(pilot, lambda: screen.allocation is not None)
+        assert screen.allocation is not None
+        before = screen.allocation.bit_map.choices["model.layers.1.self_attn.k_proj"]
+        await pilot.press("p", "down", "right")
+        await until(pilot, lambda: "model.layers.1.self_attn.k_proj" in text_of(app, "#wishes"))
+        assert f"[{before.bits}]" in text_of(app, "#map")
+        await pilot.press("plus")
+        await until(pilot, lambda: "1 pinned" in text_of(app, "#wishes"))
+        await pilot.press("space", "plus")
+        await until(pilot, lambda: "8 pinned" in text_of(app, "#wishes"))
+        pinned = screen.allocation.bit_map.choices["model.layers.1.self_attn.k_proj"]
+        assert pinned.bits > before.bits + 1
+        await pilot.press("d", "b")
+        await until(pilot, lambda: "edges" in text_of(app, "#wishes"))
+        await until(pilot, lambda: screen.query_one(BudgetSlider).has_focus)
+        await pilot.press("right")
+        await until(pilot, lambda: "--target-bpw 5.05" in text_of(app, "#command"))
+        line = text_of(app, "#command")
+        assert line.startswith("optiq convert dense-16m ")
+        assert f"model.layers.1.self_attn.k_proj={pinned.label}" in line
+        assert line.endswith("--protect edges")
+        await pilot.press("y")
+        assert app.clipboard == line
+        await pilot.press("p", "delete", "d")
+        await until(pilot, lambda: "pinned" not in text_of(app, "#wishes").splitlines()[0])
+
+    piloted(app, script, WIDE)
+
+
+def test_a_size_moves_the_budget_and_one_too_small_is_refused() -> None:
+    app = demo_lab("quantize")
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        await until(pilot, lambda: screen.allocation is not None)
+        await pilot.press("f", *"2MB", "enter")
+        await until(pilot, lambda: "the least is" in text_of(app, "#wrong"))
+        app.screen.query_one("#size", Input).value = "10MB"
+        await pilot.press("enter")
+        await until(pilot, lambda: app.screen is screen)
+        await until(pilot, lambda: screen.allocation is not None and screen.allocation.nbytes > 9_900_000)
+        assert screen.allocation is not None
+        assert screen.allocation.nbytes <= 10_000_000
+        await pilot.press("f", "enter", *"8GB", "enter")
+        await until(pilot, lambda: "config.json" in text_of(app, "#wrong"))
+        await pilot.press("escape")
+        assert app.screen is screen
+
+    piloted(app, script, WIDE)
+
+
 def test_a_recording_starts_nothing() -> None:
     app = demo_lab("quantize")
 

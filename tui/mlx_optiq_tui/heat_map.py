@@ -4,7 +4,7 @@ One row per module, one column per block; models with more blocks than fit are d
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from mlx_optiq_ext.types.axis import LogAxis, tick_text
 from mlx_optiq_ext.types.palette import bits_color, ink_on, ramp_color
@@ -23,20 +23,25 @@ _RAMP_CELLS = 20
 Drawn = Callable[[HeatCell, int], str]
 
 
-def draw_bits_map(heat: HeatMap, style: Style) -> str:
+def draw_bits_map(heat: HeatMap, style: Style, marked: Collection[str] = ()) -> str:
     """Heat map coloured by chosen bits, with the digit in every cell and a legend.
 
     Args:
         heat: The grid.
         style: Colours and width.
+        marked: Paths under a cursor: in brackets where there is room, with their two colours exchanged.
     Returns:
         Lines without a trailing newline; empty where nothing was chosen.
     """
     shown = [cell for cell in (*heat.cells, *heat.outside) if cell.bits is not None]
     if not shown:
         return ""
+
+    def draw(cell: HeatCell, width: int) -> str:
+        return _bits_cell(cell, width, style, is_marked=cell.path in marked)
+
     lines = [paint("Bits by block and module", style, bold=True)]
-    lines += _grid(heat, style, lambda cell, width: _bits_cell(cell, width, style), lambda cell: cell.choice)
+    lines += _grid(heat, style, draw, lambda cell: cell.choice)
     legend = []
     counts = Counter((cell.bits or 0, cell.choice) for cell in shown)
     for (bits, choice), count in sorted(counts.items()):
@@ -120,14 +125,18 @@ def _block_numbers(blocks: Sequence[int], cell_width: int, label_width: int, sty
     return paint(f"{'block':<{label_width}} {''.join(line)}".rstrip(), style, dim=True)
 
 
-def _bits_cell(cell: HeatCell, width: int, style: Style) -> str:
+def _bits_cell(cell: HeatCell, width: int, style: Style, *, is_marked: bool) -> str:
     if cell.bits is None:
         return " " * width
     text = _digit(cell.bits)
-    if width > 1:
-        text = f"{text}*" if cell.pinned else f" {text}"
     color = bits_color(cell.bits)
-    return paint(text.ljust(width) if width < 3 else f"{text:^{width}}", style, ink=ink_on(color), on=color)
+    ink, on = ink_on(color), color
+    if is_marked:
+        ink, on = on, ink
+        text = f"[{text}]"[3 - max(width, 2) :] if width > 1 else text
+    elif width > 1:
+        text = f"{text}*" if cell.pinned else f" {text}"
+    return paint(text.ljust(width) if width < 3 else f"{text:^{width}}", style, ink=ink, on=on)
 
 
 def _digit(bits: int) -> str:

@@ -12,14 +12,21 @@ from textual.containers import Container, Vertical, VerticalScroll
 from textual.message import Message
 from textual.widgets import Static
 
-from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.allocate.bitmap import allocate
+from mlx_optiq_ext.errors import BudgetInfeasible, OptiqError
+from mlx_optiq_ext.types.nbytes import format_nbytes
+from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
+from mlx_optiq_tui.lab import lab_of
 from mlx_optiq_tui.lab_screen import EmptyState
-from mlx_optiq_tui.quantize.budget import Points, budget_range, choose, curve_points
+from mlx_optiq_tui.quantize.bits_map import BitsMap
+from mlx_optiq_tui.quantize.budget import Points, budget_range, curve_points
 from mlx_optiq_tui.quantize.fit import fit_of, machine_memory_nbytes
 from mlx_optiq_tui.quantize.model_facts import ModelFacts
-from mlx_optiq_tui.quantize.pictures import choice_text, curve_text, map_text
+from mlx_optiq_tui.quantize.pictures import choice_text, curve_text, wishes_text
 from mlx_optiq_tui.quantize.slider import BudgetSlider
+from mlx_optiq_tui.quantize.target_form import TargetForm
+from mlx_optiq_tui.quantize.wishes import Wishes, bpw_of
 
 __all__ = ["BitsPane"]
 
@@ -32,21 +39,22 @@ class BitsPane(Vertical):
 
     DEFAULT_CSS = """
     BitsPane { padding: 0 1; }
-    BitsPane #choice { height: auto; margin-bottom: 1; }
+    BitsPane #choice { height: auto; }
+    BitsPane #wishes { height: auto; margin-bottom: 1; }
     BitsPane #pictures { height: 1fr; }
     BitsPane #pictures > VerticalScroll { height: 1fr; }
-    BitsPane.-unmeasured BudgetSlider, BitsPane.-unmeasured #choice, BitsPane.-unmeasured #pictures {
-        display: none; }
+    BitsPane.-unmeasured BudgetSlider, BitsPane.-unmeasured #choice, BitsPane.-unmeasured #wishes,
+    BitsPane.-unmeasured #pictures { display: none; }
     BitsPane #unmeasured { display: none; }
     BitsPane.-unmeasured #unmeasured { display: block; }
     """
 
     class Chosen(Message):
-        """A budget was allocated."""
+        """A budget was allocated; None where it cannot be."""
 
-        def __init__(self, allocation: Allocation) -> None:
+        def __init__(self, allocation: Allocation | None, options: AllocateOptions) -> None:
             super().__init__()
-            self.allocation = allocation
+            self.allocation, self.options = allocation, options
 
     class _Curve(Message):
         def __init__(self, table: SensitivityTable, points: Points) -> None:
@@ -59,6 +67,7 @@ class BitsPane(Vertical):
         self.table: SensitivityTable | None = None
         self.allocation: Allocation | None = None
         self._facts: ModelFacts | None = None
+        self.wishes = Wishes()
         self._points: Points = ()
         self._cache_tokens = 1
         self._view = _VIEWS[0]
@@ -68,9 +77,10 @@ class BitsPane(Vertical):
         yield EmptyState(_UNMEASURED, id="unmeasured")
         yield BudgetSlider()
         yield Static(id="choice", markup=False)
+        yield Static(id="wishes", markup=False)
         with Container(id="pictures"):
             with VerticalScroll(id="map-box"):
-                yield Static(id="map", markup=False)
+                yield BitsMap(id="map")
             with VerticalScroll(id="curve-box"):
                 yield Static(id="curve", markup=False)
 
@@ -83,38 +93,95 @@ class BitsPane(Vertical):
             context: Tokens that are to fit beside the weights.
         """
         self.table, self._points, self._cache_tokens = table, (), context
+        self.wishes = Wishes()
         self._facts = None if facts is None else replace(facts, numel=table.total_numel)
         self.remove_class("-unmeasured")
         slider = self.query_one(BudgetSlider)
         slider.ends = budget_range(table)
         slider.value = slider.ends.start
-        self._allocate(table, slider.value)
-        self._compute_curve(table)
+        self._wish(self.wishes)
         slider.focus()
 
     @on(BudgetSlider.Changed)
     def _moved(self, event: BudgetSlider.Changed) -> None:
         event.stop()
+        self._allocate(event.value)
+
+    @on(BitsMap.Stepped)
+    def _stepped(self, event: BitsMap.Stepped) -> None:
+        event.stop()
+        if self.table is None or self.allocation is None:
+            return
+        if event.step:
+            self._wish(self.wishes.stepped(self.table, self.allocation, event.paths, event.step))
+        else:
+            self._wish(self.wishes.freed(self.table, event.paths))
+
+    @on(BitsMap.Moved)
+    def _looked(self, event: BitsMap.Moved) -> None:
+        event.stop()
+        self._draw_wishes()
+
+    def ask_target(self) -> None:
+        """Ask for a size or a memory, and move the slider to what it pays."""
+        table, facts, context = self.table, self._facts, self._cache_tokens
+        if table is None:
+            return
+        ends = budget_range(table)
+
+        def budget_of(size: str, memory: str) -> float:
+            bpw = bpw_of(table, facts, size=size, memory=memory, context=context)
+            if bpw < ends.low:
+                least = format_nbytes(int(ends.low * table.total_numel / 8))
+                raise BudgetInfeasible(
+                    f"that pays {bpw:.2f} bits per weight; the least is {ends.low:.2f}, {least} of weights"
+                )
+            return min(bpw, ends.high)
+
+        self.app.push_screen(TargetForm(budget_of, context), self._use_target)
+
+    def _use_target(self, bpw: float | None) -> None:
+        if bpw is not None:
+            self.query_one(BudgetSlider).value = bpw
+            self._allocate(bpw)
+
+    def toggle_edges(self) -> None:
+        """Protect embedding, head, first and last block, or no longer."""
         if self.table is not None:
-            self._allocate(self.table, event.value)
+            self._wish(replace(self.wishes, edges=not self.wishes.edges))
+
+    def _wish(self, wishes: Wishes) -> None:
+        """Allocate with other wishes; the curve changes too."""
+        self.wishes = wishes
+        self._allocate(self.query_one(BudgetSlider).value)
+        self._compute_curve()
 
     @work(exclusive=True, group="allocate")
-    async def _allocate(self, table: SensitivityTable, bpw: float) -> None:
-        try:
-            allocation = await asyncio.to_thread(choose, table, bpw)
-        except OptiqError as error:
-            self.query_one("#choice", Static).update(str(error))
+    async def _allocate(self, bpw: float) -> None:
+        if self.table is None:
             return
-        self.post_message(self.Chosen(allocation))
+        options = self.wishes.options(self.table, bpw)
+        try:
+            allocation = await asyncio.to_thread(allocate, self.table, options)
+        except OptiqError as error:
+            self.query_one("#choice", Static).update(f"✕ {error}")
+            self.post_message(self.Chosen(None, options))
+            return
+        self.post_message(self.Chosen(allocation, options))
 
     @work(exclusive=True, group="curve")
-    async def _compute_curve(self, table: SensitivityTable) -> None:
-        self.post_message(self._Curve(table, await asyncio.to_thread(curve_points, table)))
+    async def _compute_curve(self) -> None:
+        if self.table is not None:
+            options = self.wishes.options(self.table, self.query_one(BudgetSlider).value)
+            points = await asyncio.to_thread(curve_points, self.table, options)
+            self.post_message(self._Curve(self.table, points))
 
     def on_bits_pane_chosen(self, message: Chosen) -> None:
-        """Draw what was chosen."""
-        self.allocation = message.allocation
-        self._draw()
+        """Draw what was chosen; what was chosen before stays drawn where nothing can be."""
+        if message.allocation is not None:
+            self.allocation = message.allocation
+            self._draw()
+        self._draw_wishes()
 
     def on_bits_pane__curve(self, message: _Curve) -> None:
         """Draw the line, unless another table was opened meanwhile."""
@@ -129,6 +196,13 @@ class BitsPane(Vertical):
         self.set_class(self._view != "curve", "-map")
         self.call_after_refresh(self._draw)
 
+    def show_bits(self) -> None:
+        """Go into the map of bits."""
+        if self._view != _VIEWS[0]:
+            self._view = _VIEWS[-1]
+            self.next_view()
+        self.call_after_refresh(self.query_one(BitsMap).focus)
+
     def on_resize(self) -> None:
         """Draw for the new width."""
         self.call_after_refresh(self._draw)
@@ -141,12 +215,17 @@ class BitsPane(Vertical):
         if self._facts is not None and self._facts.config:
             bpw, memory = allocation.achieved_bpw, machine_memory_nbytes()
             fit = fit_of(self._facts, "chosen", bpw, memory_nbytes=memory, context=self._cache_tokens)
-        self.query_one("#choice", Static).update(choice_text(table, allocation, fit))
+        inks = lab_of(self).inks
+        self.query_one("#choice", Static).update(choice_text(table, allocation, fit, inks))
         size = self.query_one("#map-box").content_size
         by_bits = self._view != "sensitivity"
-        self.query_one("#map", Static).update(
-            map_text(table, allocation, max(size.width - 2, 40), by_bits=by_bits)
-        )
+        self.query_one(BitsMap).show(table, allocation, max(size.width - 2, 40), by_bits=by_bits)
         size = self.query_one("#curve-box").content_size
         picture = curve_text(table, allocation, self._points, max(size.width - 2, 40), size.height)
         self.query_one("#curve", Static).update(picture)
+
+    def _draw_wishes(self) -> None:
+        if self.allocation is not None:
+            words = wishes_text(self.allocation, self.wishes, self.query_one(BitsMap).cursor_words)
+            self.query_one("#wishes", Static).update(words)
+            self.query_one("#wishes").display = bool(words)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from mlx_optiq_ext.allocate.bitmap import allocate, divergence_curve
+from mlx_optiq_ext.allocate.bitmap import divergence_curve
 from mlx_optiq_ext.allocate.menu import build_menus, respect_floor
 from mlx_optiq_ext.allocate.prediction import predicted_as
 from mlx_optiq_ext.types.options import AllocateOptions
@@ -21,7 +21,6 @@ __all__ = [
     "Uniform",
     "budget_curve",
     "budget_range",
-    "choose",
     "compare",
     "curve_points",
 ]
@@ -85,15 +84,6 @@ def budget_range(table: SensitivityTable) -> BudgetRange:
     return BudgetRange(low=ends[0], high=ends[1])
 
 
-def choose(table: SensitivityTable, bpw: float) -> Allocation:
-    """The best allocation within a budget, as ``optiq convert --target-bpw`` makes it.
-
-    Raises:
-        BudgetInfeasible: Even the cheapest choices exceed it.
-    """
-    return allocate(table, AllocateOptions(target_bpw=bpw))
-
-
 def compare(allocation: Allocation) -> Comparison:
     """The uniform choices that stand nearest to an allocation."""
     rows = [Uniform(label=label, bpw=bpw, divergence=kl) for label, bpw, kl in allocation.uniform]
@@ -108,14 +98,19 @@ def compare(allocation: Allocation) -> Comparison:
     )
 
 
-def curve_points(table: SensitivityTable) -> Points:
-    """The best allocation at budgets over the whole range; none where nothing is predicted."""
+def curve_points(table: SensitivityTable, options: AllocateOptions | None = None) -> Points:
+    """The best allocation at budgets over the whole range; none where nothing is predicted.
+
+    Args:
+        table: What was measured.
+        options: Pins and protection; the target is ignored.
+    """
     if table.method == "static":
         return ()
     ends = budget_range(table)
     width = (ends.high - ends.low) / (_CURVE_POINTS - 1)
     targets = [ends.low + width * index for index in range(_CURVE_POINTS)]
-    found = dict(divergence_curve(table, targets))
+    found = dict(divergence_curve(table, targets, options))
     return tuple(CurvePoint(bpw=bpw, divergence=kl) for bpw, kl in sorted(found.items()) if kl > 0)
 
 

@@ -3,11 +3,22 @@
 Knows command lines and files, no process. Called by the quantize screen.
 """
 
+import shlex
 from pathlib import Path
 
 import msgspec
 
-__all__ = ["Places", "convert_words", "measure_words", "places_of", "report_words", "score_words"]
+from mlx_optiq_ext.types.options import AllocateOptions
+
+__all__ = [
+    "Places",
+    "convert_words",
+    "measure_words",
+    "places_of",
+    "report_words",
+    "score_words",
+    "shell_line",
+]
 
 
 class Places(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,9 +59,16 @@ def measure_words(model: str, table: str, options: tuple[str, ...] = ()) -> tupl
     return ("measure", model, "-o", table, *options)
 
 
-def convert_words(model: str, table: str, out: str, bpw: float) -> tuple[str, ...]:
-    """``optiq convert`` with what was measured, at the budget of the slider."""
-    return ("convert", model, "-o", out, "--sensitivity", table, "--target-bpw", f"{bpw:g}")
+def convert_words(model: str, table: str, out: str, options: AllocateOptions) -> tuple[str, ...]:
+    """``optiq convert`` with what was measured, at the budget of the slider and with what was wished."""
+    words = ("convert", model, "-o", out, "--sensitivity", table, "--target-bpw", f"{options.target_bpw:g}")
+    pins = tuple(word for pin in options.pin for word in ("--pin", pin))
+    return (*words, *pins, *(("--protect", options.protect) if options.protect != "none" else ()))
+
+
+def shell_line(words: tuple[str, ...]) -> str:
+    """A command as a person would type it."""
+    return shlex.join(("optiq", *words))
 
 
 def score_words(model: str, out: str, uniform: str) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class ConvertPane(VerticalScroll):
     ConvertPane Button { margin-right: 2; }
     ConvertPane #plan { height: auto; margin-bottom: 1; }
     ConvertPane #buttons { margin: 1 0; }
+    ConvertPane #command { height: auto; color: $text-muted; margin-bottom: 1; }
     ConvertPane #result { height: auto; }
     """
 
@@ -43,8 +44,11 @@ class ConvertPane(VerticalScroll):
             super().__init__()
             self.step = step
 
+    class Renamed(Message):
+        """Another folder is to be written."""
+
     def compose(self) -> ComposeResult:
-        """Fields, buttons, result."""
+        """Fields, buttons, command, result."""
         yield Static("Choose a budget first (b).", id="plan", markup=False)
         with Horizontal():
             yield Label("Output folder")
@@ -56,6 +60,7 @@ class ConvertPane(VerticalScroll):
             yield Button("Convert (w)", id="convert", variant="primary", compact=True)
             yield Button("Score (s)", id="score", compact=True)
             yield Button("Report (o)", id="report", compact=True)
+        yield Static(id="command", markup=False)
         yield Static(id="result", markup=False)
 
     @property
@@ -77,6 +82,15 @@ class ConvertPane(VerticalScroll):
         """
         self.query_one("#plan", Static).update(words)
         self.query_one("#out", Input).value = out
+        self.post_message(self.Renamed())
+
+    def show_command(self, line: str) -> None:
+        """Show what Convert runs."""
+        self.query_one("#command", Static).update(line)
+
+    @on(Input.Changed, "#out")
+    def _renamed(self) -> None:
+        self.post_message(self.Renamed())
 
     def show(self, text: str) -> None:
         """Draw what came out."""

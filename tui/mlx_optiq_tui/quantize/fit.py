@@ -31,7 +31,7 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     """For activations and the system."""
     memory_nbytes: int
     longest_context: int | None
-    """Tokens whose cache still fits; 0 where the weights alone do not."""
+    """Tokens whose cache still fits, as far as the model was made for; 0 where the weights alone do not."""
 
     @property
     def needed_nbytes(self) -> int:
@@ -63,6 +63,9 @@ def fit_of(facts: ModelFacts, label: str, bpw: float, *, memory_nbytes: int, con
     room = head_room_nbytes(memory_nbytes)
     per_token = kv_bytes_per_token(facts.config, context, float_bits=facts.float_bits)
     left = max(memory_nbytes - weights - room, 0)
+    longest = left // per_token if per_token else None
+    if longest is not None and facts.context:
+        longest = min(longest, facts.context)
     return Fit(
         label=label,
         bpw=bpw,
@@ -70,7 +73,7 @@ def fit_of(facts: ModelFacts, label: str, bpw: float, *, memory_nbytes: int, con
         cache_nbytes=None if per_token is None else per_token * context,
         room_nbytes=room,
         memory_nbytes=memory_nbytes,
-        longest_context=left // per_token if per_token else None,
+        longest_context=longest,
     )
 
 

@@ -17,6 +17,7 @@ from mlx_optiq_ext.hub.search import FoundModel, fetch_config
 __all__ = ["ModelFacts", "facts_of_folder", "facts_of_found"]
 
 _FLOATS = ("BF16", "F16", "F32")
+_CONTEXTS = ("max_position_embeddings", "max_sequence_length", "n_positions", "max_seq_len", "seq_length")
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +38,13 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """Short name, for files and titles."""
         return Path(self.source).name
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model was made for; 0 where the config does not say."""
+        text = {**self.config, **(self.config.get("text_config") or {})}
+        value = next((text[key] for key in _CONTEXTS if isinstance(text.get(key), int)), 0)
+        return max(int(value), 0)
 
     @property
     def architecture(self) -> str:

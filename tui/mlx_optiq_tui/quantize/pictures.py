@@ -5,18 +5,18 @@ Pure functions; no widget. Colours help and never tell alone.
 
 from rich.text import Text
 
-from mlx_optiq_ext.allocate.heat_map import build_heat_map
 from mlx_optiq_ext.allocate.prediction import prediction_text
 from mlx_optiq_ext.types.nbytes import format_nbytes
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
 from mlx_optiq_tui.ansi import Style
 from mlx_optiq_tui.curve import draw_curve
-from mlx_optiq_tui.heat_map import draw_bits_map, draw_sensitivity_map
 from mlx_optiq_tui.quantize.budget import Points, Uniform, budget_curve, compare
 from mlx_optiq_tui.quantize.fit import Fit
 from mlx_optiq_tui.quantize.model_facts import ModelFacts
+from mlx_optiq_tui.quantize.wishes import Wishes
+from mlx_optiq_tui.themes import Inks
 
-__all__ = ["choice_text", "curve_text", "facts_line", "map_text"]
+__all__ = ["choice_text", "curve_text", "facts_line", "wishes_text"]
 
 _CURVE_AROUND = 9
 """Lines of a curve besides the plot: title, axis, legend."""
@@ -32,20 +32,21 @@ def facts_line(facts: ModelFacts) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def choice_text(table: SensitivityTable, allocation: Allocation, fit: Fit | None) -> Text:
+def choice_text(table: SensitivityTable, allocation: Allocation, fit: Fit | None, inks: Inks) -> Text:
     """What a budget buys: size, prediction, and uniform choices beside it.
 
     Args:
         table: What was measured.
         allocation: What was chosen.
         fit: Of this machine, where the model is at hand.
+        inks: Of the theme.
     """
     text = Text(overflow="ellipsis")
     text.append(f"{allocation.achieved_bpw:.3f}", "bold")
-    text.append(f" bits per weight of at most {allocation.target_bpw:.2f} · ")
+    text.append(f" bits per weight of at most {round(allocation.target_bpw, 3):g} · ")
     text.append(format_nbytes(allocation.nbytes), "bold")
     if fit is not None:
-        text.append(f" · {_fit_words(fit)}", "" if fit.fits else "bold red")
+        text.append(f" · {_fit_words(fit)}", "" if fit.fits else inks.bad)
     if table.method == "static":
         return text.append("\nno prediction: the static method ranks tensors by shape")
     text.append("\npredicted KL ", "dim")
@@ -62,13 +63,20 @@ def choice_text(table: SensitivityTable, allocation: Allocation, fit: Fit | None
     return text
 
 
-def map_text(table: SensitivityTable, allocation: Allocation, width: int, *, by_bits: bool) -> Text:
-    """Heat map of blocks × modules: by chosen bits, or by sensitivity."""
-    heat = build_heat_map(table, allocation)
-    if heat is None:
-        return Text("nothing was measured", "dim")
-    style = Style(colors="truecolor", width=width)
-    return Text.from_ansi(draw_bits_map(heat, style) if by_bits else draw_sensitivity_map(heat, style))
+def wishes_text(allocation: Allocation, wishes: Wishes, cursor: str) -> str:
+    """What is wished besides the budget and what it costs, and what stands under the cursor.
+
+    Args:
+        allocation: With the prices of pins.
+        wishes: Pins and protected edges.
+        cursor: One line, or nothing.
+    """
+    said = ["edges protected"] if wishes.edges else []
+    said += [f"{len(wishes.pins)} pinned"] if wishes.pins else []
+    if said:
+        cost = sum(pin.cost_divergence for pin in allocation.pins)
+        said.append(f"that costs KL {cost:.2g}" if cost > 0 else "that costs nothing")
+    return "\n".join(line for line in (", ".join(said), cursor) if line)
 
 
 def curve_text(

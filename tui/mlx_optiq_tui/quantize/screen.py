@@ -15,6 +15,7 @@ from textual.widgets import TabbedContent, TabPane
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
 from mlx_optiq_ext.types.nbytes import format_nbytes
+from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
 from mlx_optiq_tui.jobs import Job
 from mlx_optiq_tui.lab_screen import LabScreen
@@ -25,6 +26,7 @@ from mlx_optiq_tui.quantize.commands import (
     places_of,
     report_words,
     score_words,
+    shell_line,
 )
 from mlx_optiq_tui.quantize.convert_pane import ConvertPane
 from mlx_optiq_tui.quantize.model_facts import ModelFacts
@@ -43,8 +45,10 @@ class QuantizeScreen(LabScreen):
 1. **Model**: words and Enter search the Hub (offline: the cache); a folder or a sensitivity file is opened.
    `e` measures; stopped with `x`, the same key goes on from there.
 2. **Bits**: move the budget by the arrow keys, Page keys, or mouse. Each move allocates anew; `×` is how much
-   further off the best uniform choice within the same budget is predicted. `v` changes the picture.
-3. **Convert**: `w` writes, verifies and scores; `s` scores again, `o` opens the report.
+   further off the best uniform choice within the same budget is predicted. `f` takes a size or a memory in
+   place of bits. `p` goes into the map: arrow keys choose, Space reaches further (the module of every block,
+   the block), `+` and `-` pin wider and narrower, Delete frees. `d` protects the edges. `v`: other pictures.
+3. **Convert**: `w` writes, verifies and scores; `y` copies that command; `s` scores, `o` opens the report.
 
 Long work goes on when this screen is left."""
 
@@ -62,9 +66,13 @@ Long work goes on when this screen is left."""
         Binding("c", "pane('convert')", "Convert", show=False),
         ("e", "measure", "Measure"),
         ("v", "view", "Picture"),
+        ("f", "target", "Size"),
+        ("p", "pin", "Pin"),
+        ("d", "edges", "Edges"),
         ("w", "start('convert')", "Convert"),
         ("s", "start('score')", "Score"),
         ("o", "start('report')", "Report"),
+        ("y", "copy", "Copy command"),
         ("x", "stop", "Stop"),
     ]
 
@@ -74,6 +82,7 @@ Long work goes on when this screen is left."""
         self.table: SensitivityTable | None = None
         self.table_file = ""
         self.allocation: Allocation | None = None
+        self._options = AllocateOptions()
         self._steps: dict[int, str] = {}
         """What each of our jobs is for, by its number."""
 
@@ -112,7 +121,7 @@ Long work goes on when this screen is left."""
         facts = message.facts
         self.facts, self.table, self.allocation = facts, None, None
         file = places_of(facts.name, Path.cwd(), 0).table
-        said = "Measure it (e): hours for a large model, and it can be stopped and go on."
+        said = "Measure it (e): minutes for a small model, hours for a large one; stopped, it goes on from there."
         if facts.is_quantized:
             said = "It is quantized already: pick the original weights."
         self.query_one(ModelPane).show_chosen(facts, file, said)
@@ -149,13 +158,25 @@ Long work goes on when this screen is left."""
 
     @on(BitsPane.Chosen)
     def _budget_chosen(self, message: BitsPane.Chosen) -> None:
-        self.allocation = chosen = message.allocation
+        self.allocation, self._options = message.allocation, message.options
+        if self.allocation is None:
+            return
+        chosen = self.allocation
         words = (
             f"{self.model_name} at {chosen.achieved_bpw:.3f} bits per weight, "
             f"{format_nbytes(chosen.nbytes)}, by {self.table_file or 'a recorded measurement'}"
         )
         places = places_of(self.model_name, Path.cwd(), chosen.target_bpw)
         self.query_one(ConvertPane).plan(words, places.out)
+
+    @on(ConvertPane.Renamed)
+    def _renamed(self) -> None:
+        self.query_one(ConvertPane).show_command(shell_line(self._convert_words()))
+
+    def _convert_words(self) -> tuple[str, ...]:
+        """What converts to what was chosen, exactly."""
+        out = self.query_one(ConvertPane).out
+        return convert_words(self.model, self.table_file, out, self._options)
 
     @on(ModelPane.Measure)
     async def action_measure(self) -> None:
@@ -183,7 +204,7 @@ Long work goes on when this screen is left."""
             if self.allocation is None:
                 self._refuse("choose a budget first (b)")
                 return
-            words = convert_words(self.model, self.table_file, pane.out, self.allocation.target_bpw)
+            words = self._convert_words()
         elif not Path(pane.out).is_dir():
             self._refuse(f"{pane.out or 'no folder'} is not converted yet (w)")
             return
@@ -249,3 +270,28 @@ Long work goes on when this screen is left."""
     def action_view(self) -> None:
         """Change the picture of the budget."""
         self.query_one(BitsPane).next_view()
+
+    def action_target(self) -> None:
+        """Name the budget as a size or a memory."""
+        if self.table is not None:
+            self.action_pane("bits")
+            self.query_one(BitsPane).ask_target()
+
+    def action_pin(self) -> None:
+        """Go into the map, to pin what is chosen there."""
+        if self.table is not None:
+            self.query_one(TabbedContent).active = "bits"
+            self.query_one(BitsPane).show_bits()
+
+    def action_edges(self) -> None:
+        """Protect embedding, head, first and last block, or no longer."""
+        self.query_one(BitsPane).toggle_edges()
+
+    def action_copy(self) -> None:
+        """Copy the command that Convert runs."""
+        if self.allocation is None:
+            self._refuse("choose a budget first (b)")
+            return
+        line = shell_line(self._convert_words())
+        self.app.copy_to_clipboard(line)
+        self.notify("copied: " + line)

@@ -5,12 +5,13 @@ from textual.widgets import Static
 
 from mlx_optiq_ext.progress_line import format_duration
 from mlx_optiq_tui.jobs import Job
+from mlx_optiq_tui.lab import lab_of
+from mlx_optiq_tui.themes import Inks
 
 __all__ = ["JobPanel", "job_lines"]
 
 _BAR = 20
 _SIGNS = {"running": "⚙", "finished": "✓", "stopped": "◼", "failed": "✕"}
-_STYLES = {"finished": "green", "failed": "bold red", "stopped": "yellow"}
 
 
 class JobPanel(Static):
@@ -23,17 +24,19 @@ class JobPanel(Static):
     def show(self, job: Job) -> None:
         """Draw a job as it is now."""
         self.display = True
-        self.update(job_lines(job))
+        self.update(job_lines(job, lab_of(self).inks))
 
 
-def job_lines(job: Job) -> Text:
+def job_lines(job: Job, inks: Inks) -> Text:
     """The lines of a job.
 
     Args:
         job: Running or ended.
+        inks: Of the theme.
     """
+    styles = {"finished": inks.good, "failed": inks.bad, "stopped": "dim"}
     text = Text(overflow="ellipsis")
-    text.append(f"{_SIGNS[job.state]} {job.title}  ", _STYLES.get(job.state, "bold"))
+    text.append(f"{_SIGNS[job.state]} {job.title}  ", styles.get(job.state, "bold"))
     step = job.progress
     if job.state != "running":
         text.append(job.error or job.state)
