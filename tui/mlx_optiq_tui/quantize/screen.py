@@ -121,7 +121,7 @@ Long work goes on when this screen is left."""
         facts = message.facts
         self.facts, self.table, self.allocation = facts, None, None
         file = places_of(facts.name, Path.cwd(), 0).table
-        said = "Measure it (e): minutes for a small model, hours for a large one; stopped, it goes on from there."
+        said = "Measure it (e): minutes for a small model, hours for a large one. Stopped, it goes on."
         if facts.is_quantized:
             said = "It is quantized already: pick the original weights."
         self.query_one(ModelPane).show_chosen(facts, file, said)
