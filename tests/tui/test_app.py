@@ -204,3 +204,20 @@ def test_leaving_asks_while_a_job_runs_and_stops_it() -> None:
 
     piloted(app, script)
     assert [(job.state, job.command.exit_code) for job in app.jobs.all] == [("stopped", 143)]
+
+
+def test_text_from_elsewhere_steers_no_terminal() -> None:
+    hostile = "a\x1b]52;c;SEVJTA==\x07b\x1b[2Jc\x9b31md\u202ee\tf"
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        app.notify(hostile, markup=False, timeout=60)
+        await until(pilot, lambda: "a]52;c;SEVJTA==b[2Jc31mde" in screen_text(app))
+        written = "".join(
+            segment.text
+            for strip in app.screen._compositor.render_strips()
+            for segment in strip
+            if not segment.control
+        )
+        assert not set(written) & {"\x1b", "\x07", "\x9b", "\u202e"}
+
+    piloted(demo_lab(), script, WIDE, toasts=True)

@@ -4,14 +4,18 @@ Knows no single screen (``screens`` names them) and speaks to the server through
 follow the server and post messages; handlers change the state that screens draw.
 """
 
+import asyncio
 import contextlib
 import importlib
-from collections.abc import Iterable
+import logging
+import signal
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from textual import work
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.filter import LineFilter
 from textual.message import Message
 from textual.reactive import reactive
 from textual.screen import Screen
@@ -20,6 +24,7 @@ from textual.signal import Signal
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.client import Lost, ServerClient
 from mlx_optiq_tui.connection import Connection
+from mlx_optiq_tui.control_filter import ControlFilter
 from mlx_optiq_tui.help_screen import HelpScreen, key_list, shown_bindings
 from mlx_optiq_tui.history import History
 from mlx_optiq_tui.jobs import Job, Jobs
@@ -63,7 +68,9 @@ class LabApp(App[None]):
 
     def __init__(self, client: ServerClient, *, is_demo: bool = False, first: str = "") -> None:
         super().__init__()
-        # Asks the terminal which pictures it can show, which is possible only before the app runs.
+        # Asks the terminal which pictures it can show, which is possible only before the app runs. One that
+        # does not answer gets pictures made of blocks; a warning would only stay on the terminal.
+        logging.getLogger("textual_image").setLevel(logging.ERROR)
         importlib.import_module("textual_image.widget")
         self.client = client
         self.is_demo = is_demo
@@ -71,6 +78,7 @@ class LabApp(App[None]):
         self.job_signal: Signal[Job] = Signal(self, "job")
         self.entries = installed_screens()
         self.history = History()
+        self._control_filter = ControlFilter()
         self._first = first or self.entries[0].name
         for theme in THEMES:
             self.register_theme(theme)
@@ -83,6 +91,10 @@ class LabApp(App[None]):
     async def on_mount(self) -> None:
         """Open the first screen and follow the server."""
         self.theme = DEFAULT_THEME
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # Not in a thread that cannot be told: then whoever runs the app ends it.
+            with contextlib.suppress(ValueError, RuntimeError):
+                asyncio.get_running_loop().add_signal_handler(number, self._told_to_end, number)
         await self.switch_mode(self._first)
         self._follow_server()
 
@@ -90,6 +102,10 @@ class LabApp(App[None]):
         """Leave nothing behind: jobs stop where they can go on from."""
         await self.jobs.close()
         await self.client.close()
+
+    def _told_to_end(self, number: signal.Signals) -> None:
+        """Leave by a signal, unasked; jobs stop as on quitting."""
+        self.exit(return_code=128 + number)
 
     @work(exclusive=True)
     async def _follow_server(self) -> None:
@@ -110,6 +126,10 @@ class LabApp(App[None]):
             self.connection = Connection(state="connected")
             if before == "lost":
                 self.notify(f"connected to {self.client.url}")
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own, and none of what comes from elsewhere steers the terminal."""
+        return (*super().get_line_filters(), self._control_filter)
 
     @property
     def inks(self) -> Inks:

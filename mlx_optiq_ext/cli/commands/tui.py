@@ -56,6 +56,8 @@ def _show(args: argparse.Namespace) -> int:
         raise UsageError(f"no screen {args.screen!r}; screens are {', '.join(names)}")
     if not sys.stdout.isatty() and _PAGE_DRIVER not in os.environ:
         raise UsageError("the dashboard needs a terminal; --web shows it in a browser")
+    if sys.stdout.isatty() and not all(os.get_terminal_size(sys.stdout.fileno())):
+        raise UsageError("this terminal does not know its size; say it with `stty cols 120 rows 40`")
     client = demo_client() if args.demo else ServerClient(args.url, key=read_api_key(args.api_key_file))
     app = LabApp(client, is_demo=args.demo, first=args.screen)
     app.run()
