@@ -1,4 +1,4 @@
-"""The dashboard in a real terminal, told to end while a job runs: nothing stays, the terminal is as before."""
+"""The dashboard in a real terminal, told to end while a job runs: nothing stays, the terminal is restored."""
 
 import os
 import pty
