@@ -5,13 +5,22 @@ Knows the wire and no connection. Used by ``client``; the chat screen draws the 
 Source: WHATWG HTML, "Server-sent events"; OpenAI API reference, "Chat completions: streaming".
 """
 
+import codecs
 from collections.abc import AsyncIterator
 
 import msgspec
 
-from mlx_optiq_ext.errors import RequestError
+from mlx_optiq_ext.errors import EngineError, RequestError
 
-__all__ = ["ChatDelta", "ChatUsage", "ServerEvent", "ToolCallPart", "chat_deltas", "server_events"]
+__all__ = [
+    "ChatDelta",
+    "ChatUsage",
+    "ServerEvent",
+    "ToolCallPart",
+    "chat_deltas",
+    "server_events",
+    "text_lines",
+]
 
 _DONE = "[DONE]"
 
@@ -97,6 +106,17 @@ class _Chunk(msgspec.Struct, frozen=True):
     error: _Error | None = None
 
 
+async def text_lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines of a stream: ended by LF or CR LF, by nothing else that Unicode calls a line's end."""
+    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    async for chunk in chunks:
+        *lines, held = (held + decoder.decode(chunk)).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
+    if held:
+        yield held
+
+
 async def server_events(lines: AsyncIterator[str]) -> AsyncIterator[ServerEvent]:
     """The events in a stream's lines; comments are left out."""
     name, data = "message", list[str]()
@@ -119,18 +139,23 @@ async def chat_deltas(events: AsyncIterator[ServerEvent]) -> AsyncIterator[ChatD
 
     Raises:
         RequestError: The server tells an error in the stream.
+        EngineError: The stream ends before the answer does, or holds something else.
     """
     decoder = msgspec.json.Decoder(_Chunk)
     async for event in events:
         if event.data == _DONE:
             return
-        chunk = decoder.decode(event.data)
+        try:
+            chunk = decoder.decode(event.data)
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise EngineError(f"the server streams what is no chat answer ({error})") from error
         if chunk.error is not None:
             raise RequestError(chunk.error.message)
         for choice in chunk.choices[:1]:
             yield _delta(choice)
         if chunk.usage is not None:
             yield ChatDelta(usage=_usage(chunk.usage))
+    raise EngineError("the answer broke off: the server closed the stream")
 
 
 def _delta(choice: _Choice) -> ChatDelta:

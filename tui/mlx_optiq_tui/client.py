@@ -16,7 +16,7 @@ import msgspec
 from mlx_optiq_ext.errors import EngineError, OptiqError, RequestError, Unauthorized, UsageError
 from mlx_optiq_ext.types.port import LogLine
 from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus
-from mlx_optiq_tui.chat_stream import ChatDelta, ServerEvent, chat_deltas, server_events
+from mlx_optiq_tui.chat_stream import ChatDelta, ServerEvent, chat_deltas, server_events, text_lines
 
 __all__ = ["DEFAULT_URL", "Adapters", "Lost", "ServerClient"]
 
@@ -195,12 +195,14 @@ class ServerClient:
                 if answer.is_error:
                     await answer.aread()
                     raise self._refusal(answer)
-                async for event in server_events(answer.aiter_lines()):
+                async for event in server_events(text_lines(answer.aiter_bytes())):
                     yield event
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: httpx.HTTPError) -> EngineError:
+        if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+            return EngineError(f"the server at {self.url} went away in the middle of an answer")
         why = str(error) or type(error).__name__
         return EngineError(f"no optiq server answers at {self.url} ({why})")
 

@@ -5,6 +5,7 @@ answer.
 """
 
 import asyncio
+import time
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -13,10 +14,15 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widgets import Button, Static
 
 from mlx_optiq_tui.chat.conversation import ToolUse
+from mlx_optiq_tui.chat.plain import plainest
 from mlx_optiq_tui.chat.tools import SANDBOXED, TOOLS, shown_arguments
 from mlx_optiq_tui.chat.turn import Decision
 
 __all__ = ["ConsentBox"]
+
+_SEEN = 8
+_HASTY_S = 0.4
+"""An answer that comes sooner was meant for the question before."""
 
 
 class ConsentBox(Vertical):
@@ -39,6 +45,7 @@ class ConsentBox(Vertical):
     def __init__(self) -> None:
         super().__init__()
         self._answer: asyncio.Future[Decision] | None = None
+        self._asked = 0.0
 
     def compose(self) -> ComposeResult:
         """Question, arguments, answers."""
@@ -59,8 +66,13 @@ class ConsentBox(Vertical):
         """Show a call and wait for the answer."""
         where = "in the sandbox" if call.name in SANDBOXED else "from this machine, over the network"
         title = TOOLS[call.name].title if call.name in TOOLS else call.name
-        self.query_one("#question", Static).update(f"The model wants to use {title}, {where}:")
-        self.query_one("#what", Static).update(shown_arguments(call))
+        what = plainest(shown_arguments(call))
+        lines = what.count("\n") + 1
+        extent = "" if lines <= _SEEN else f" ({lines} lines; scroll to read all)"
+        self.query_one("#question", Static).update(f"The model wants to use {title}, {where}{extent}:")
+        self.query_one("#what", Static).update(what)
+        self.query_one(VerticalScroll).scroll_home(animate=False)
+        self._asked = time.monotonic()
         self._answer = asyncio.get_running_loop().create_future()
         self.add_class("-asking")
         try:
@@ -81,5 +93,8 @@ class ConsentBox(Vertical):
             "once": "once",
             "conversation": "conversation",
         }
+        decision = decisions[event.button.id]
+        if decision != "refuse" and time.monotonic() - self._asked < _HASTY_S:
+            return
         if self._answer is not None and not self._answer.done():
-            self._answer.set_result(decisions[event.button.id])
+            self._answer.set_result(decision)

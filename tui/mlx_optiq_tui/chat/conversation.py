@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from mlx_optiq_tui.chat.plain import plain
+
 __all__ = [
     "EFFORTS",
     "AnswerStats",
@@ -15,6 +17,7 @@ __all__ = [
     "ChatMessage",
     "ChatSettings",
     "Conversation",
+    "Draft",
     "Effort",
     "StoredImage",
     "ToolMessage",
@@ -65,6 +68,15 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: str
     arguments: str
     """JSON, as the model wrote it."""
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is written and not sent."""
+
+    text: str = ""
+    images: tuple[StoredImage, ...] = ()
+    is_editing: bool = False
+    """It will take the place of the last question."""
 
 
 class AnswerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,6 +136,8 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     settings: ChatSettings = ChatSettings()
     """Of the next answer."""
     messages: tuple[ChatMessage, ...] = ()
+    others: tuple[tuple[ChatMessage, ...], ...] = ()
+    """The messages as they were each time before the last question was asked again or edited."""
 
     @property
     def name(self) -> str:
@@ -133,6 +147,20 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def with_messages(self, *messages: ChatMessage) -> "Conversation":
         """With these at its end."""
         return msgspec.structs.replace(self, messages=(*self.messages, *messages))
+
+    def asking_instead(self, question: UserMessage) -> "Conversation":
+        """With another question in place of the last one; what was answered to that is kept as another."""
+        before, asked = self.before_last_question()
+        was_answered = asked is not None and self.messages[-1] != asked
+        others = (*self.others, self.messages) if was_answered else self.others
+        return msgspec.structs.replace(before, messages=(*before.messages, question), others=others)
+
+    def other_answer(self) -> "Conversation":
+        """With the oldest of the others, this one being the newest of them; all come round."""
+        if not self.others:
+            return self
+        oldest, *rest = self.others
+        return msgspec.structs.replace(self, messages=oldest, others=(*rest, self.messages))
 
     def before_last_question(self) -> "tuple[Conversation, UserMessage | None]":
         """Everything before the last thing that was typed, and that."""
@@ -159,16 +187,21 @@ def as_markdown(conversation: Conversation, images: str = "images") -> str:
         conversation: What to write.
         images: Where its pictures are, relative to the Markdown file.
     """
-    parts = [f"# {conversation.name}"]
+    parts = [f"# {' '.join(conversation.name.split())}"]
     if conversation.settings.system:
         parts.append("## System\n\n" + conversation.settings.system)
     parts += [_message_markdown(message, images) for message in conversation.messages]
-    return "\n\n".join(parts) + "\n"
+    return plain("\n\n".join(parts)) + "\n"
+
+
+def _label(image: StoredImage) -> str:
+    """Words that cannot end the Markdown they stand in."""
+    return (image.label or image.file).translate({ord(sign): " " for sign in "[]()\n"})
 
 
 def _message_markdown(message: ChatMessage, images: str) -> str:
     if isinstance(message, UserMessage):
-        shown = [f"![{image.label or image.file}]({images}/{image.file})" for image in message.images]
+        shown = [f"![{_label(image)}]({images}/{image.file})" for image in message.images]
         return "\n\n".join(["## You", *shown, message.text])
     if isinstance(message, ToolMessage):
         return f"### Tool {message.name}: {message.outcome}\n\n{_fenced(message.text)}"

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from mlx_optiq_ext.types.status import EngineStatus, ServedModel
-from mlx_optiq_tui.chat.conversation import ChatSettings, Conversation, StoredImage, UserMessage, named
+from mlx_optiq_tui.chat.conversation import ChatSettings, Conversation, Draft, StoredImage, UserMessage, named
 from mlx_optiq_tui.chat.pictures import Picture
-from mlx_optiq_tui.chat.store import ConversationStore, data_folder
+from mlx_optiq_tui.chat.store import ConversationChanged, ConversationStore, data_folder
 from mlx_optiq_tui.chat.tools import ToolBox
 
 __all__ = ["Desk", "answering_name", "served_model"]
@@ -28,13 +28,17 @@ class Desk:
     def __init__(self, *, is_demo: bool) -> None:
         self._borrowed = Path(tempfile.mkdtemp(prefix="optiq-demo-")) if is_demo else None
         self.store = ConversationStore(self._borrowed or data_folder())
-        self.open(self.store.new())
+        self._is_closed = False
+        self.open(self.store.last_draft() or self.store.new())
 
     def open(self, conversation: Conversation) -> None:
         """Work on another one; what was allowed in the one before is not allowed here."""
         self.conversation = conversation
-        self.pictures: tuple[StoredImage, ...] = ()
-        self.is_editing = False
+        draft = self.store.draft(conversation.id)
+        self.written = draft.text
+        """What was written when it was left."""
+        self.pictures: tuple[StoredImage, ...] = draft.images
+        self.is_editing = draft.is_editing
         self.allowed: set[str] = set()
         self.tools = ToolBox(self.store.workspace(conversation.id))
 
@@ -55,22 +59,45 @@ class Desk:
 
     def asking(self, text: str) -> Conversation:
         """The conversation with this question at its end: in place of the last one where that is edited."""
-        before = self.conversation.before_last_question()[0] if self.is_editing else self.conversation
-        return before.with_messages(UserMessage(text=text, images=self.pictures))
+        question = UserMessage(text=text, images=self.pictures)
+        if self.is_editing:
+            return self.conversation.asking_instead(question)
+        return self.conversation.with_messages(question)
 
     def asking_again(self) -> Conversation | None:
         """The conversation up to the last question; None where nothing was asked."""
-        before, asked = self.conversation.before_last_question()
-        return before.with_messages(asked) if asked else None
+        _, asked = self.conversation.before_last_question()
+        return self.conversation.asking_instead(asked) if asked else None
 
     def keep(self, conversation: Conversation) -> None:
-        """Go on with it, and write it to disk.
+        """Go on with it, and write it to disk; as a copy where another dashboard wrote it meanwhile.
 
         Raises:
+            ConversationChanged: It goes on as a copy; said once.
             ResourceError: The disk is full or the folder cannot be written.
         """
-        self.conversation = conversation
-        self.conversation = self.store.save(conversation)
+        here = self.conversation
+        self.conversation = msgspec.structs.replace(conversation, id=here.id, title=here.title)
+        if self._is_closed:
+            return
+        try:
+            self.conversation = self.store.save(self.conversation)
+        except ConversationChanged as error:
+            self.conversation = self.store.fork(self.conversation)
+            self.tools = ToolBox(self.store.workspace(self.conversation.id))
+            raise ConversationChanged(
+                "another dashboard changed this conversation; here it goes on as a copy"
+            ) from error
+
+    def keep_draft(self, text: str) -> None:
+        """Keep what is written and not sent.
+
+        Raises:
+            ResourceError: See :meth:`keep`.
+        """
+        if not self._is_closed:
+            draft = Draft(text=text, images=self.pictures, is_editing=self.is_editing)
+            self.store.keep_draft(self.conversation, draft)
 
     def shown(self, images: tuple[StoredImage, ...]) -> list[tuple[Path, str]]:
         """Path and label of pictures."""
@@ -82,7 +109,8 @@ class Desk:
         return path.read_bytes() if path.is_file() else b""
 
     def close(self) -> None:
-        """Remove what the demo kept."""
+        """Keep nothing more, and remove what the demo kept."""
+        self._is_closed = True
         if self._borrowed is not None:
             shutil.rmtree(self._borrowed, ignore_errors=True)
 

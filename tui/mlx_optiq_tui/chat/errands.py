@@ -1,4 +1,4 @@
-"""What the chat screen does through dialogs: settings, conversations, pictures.
+"""What the chat screen does besides answers: settings, conversations, pictures, drafts.
 
 Part of the screen, apart only to be read apart; each errand is a worker, for a dialog is waited for.
 """
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 from textual import work
+from textual.timer import Timer
 
 from mlx_optiq_ext.errors import OptiqError
-from mlx_optiq_tui.chat.composer import Composer
-from mlx_optiq_tui.chat.conversation import ChatSettings
+from mlx_optiq_tui.chat.composer import Composer, Prompt
+from mlx_optiq_tui.chat.conversation import ChatSettings, Conversation
 from mlx_optiq_tui.chat.desk import Desk
 from mlx_optiq_tui.chat.dialogs import Chosen, ConversationList, LineForm
 from mlx_optiq_tui.chat.pictures import Picture, clipboard_picture, read_picture
@@ -22,11 +23,16 @@ from mlx_optiq_tui.question import Question
 
 __all__ = ["Errands"]
 
+_DRAFT_S = 1.0
+
 
 class Errands(LabScreen):
     """The dialogs of the chat screen."""
 
     desk: Desk
+    prompt: Prompt
+    """Known when it is no longer on the screen, too."""
+    _draft_timer: Timer | None = None
 
     @property
     def is_answering(self) -> bool:
@@ -40,6 +46,31 @@ class Errands(LabScreen):
     async def draw_pictures(self) -> None:
         """Show what goes along with the next message."""
         raise NotImplementedError
+
+    def on_screen_suspend(self) -> None:
+        """Keep what is written."""
+        self.keep_draft()
+
+    def on_text_area_changed(self) -> None:
+        """Keep what is written, soon: a terminal may be closed at any time."""
+        if self._draft_timer is None:
+            self._draft_timer = self.set_timer(_DRAFT_S, self.keep_draft)
+
+    def keep_draft(self) -> None:
+        """Keep what is written and not sent."""
+        if self._draft_timer is not None:
+            self._draft_timer.stop()
+            self._draft_timer = None
+        try:
+            self.desk.keep_draft(self.prompt.text)
+        except OptiqError as error:
+            self.notify(str(error), severity="warning", markup=False)
+
+    async def switch(self, conversation: Conversation) -> None:
+        """Go to another conversation, and to what was written there."""
+        self.desk.open(conversation)
+        self.query_one(Composer).text = self.desk.written
+        await self.draw_all()
 
     @work(exclusive=True, group="errand")
     async def action_settings(self) -> None:
@@ -67,16 +98,16 @@ class Errands(LabScreen):
     async def action_new(self) -> None:
         """Begin another conversation with the same settings."""
         if self._is_free():
-            self.desk.open(self.desk.store.new(self.desk.conversation.settings))
-            await self.draw_all()
+            self.keep_draft()
+            await self.switch(self.desk.store.new(self.desk.conversation.settings))
             self.query_one(Composer).prompt.focus()
 
     @work(exclusive=True, group="errand")
     async def action_conversations(self) -> None:
         """Open, rename, export or delete a conversation."""
         while self._is_free():
-            entries = await asyncio.to_thread(self.desk.store.entries)
-            chosen: Chosen | None = await self.app.push_screen_wait(ConversationList(entries))
+            self.keep_draft()
+            chosen: Chosen | None = await self.app.push_screen_wait(ConversationList(self.desk.store.entries))
             if chosen is None:
                 return
             try:
@@ -95,8 +126,7 @@ class Errands(LabScreen):
         is_here = chosen.id == desk.conversation.id
         conversation = desk.conversation if is_here else desk.store.open(chosen.id)
         if chosen.deed == "open":
-            desk.open(conversation)
-            await self.draw_all()
+            await self.switch(conversation)
         elif chosen.deed == "rename":
             title = await self.app.push_screen_wait(LineForm("Name of the conversation", conversation.name))
             if title:
@@ -116,8 +146,7 @@ class Errands(LabScreen):
         if await self.app.push_screen_wait(Question(text, yes="Delete")):
             await asyncio.to_thread(self.desk.store.delete, id)
             if id == self.desk.conversation.id:
-                self.desk.open(self.desk.store.new(self.desk.conversation.settings))
-                await self.draw_all()
+                await self.switch(self.desk.store.new(self.desk.conversation.settings))
 
     @work(exclusive=True, group="errand")
     async def action_attach(self) -> None:
@@ -142,6 +171,15 @@ class Errands(LabScreen):
             await asyncio.to_thread(self.desk.attach, picture)
         except OptiqError as error:
             self.notify(str(error), severity="error", markup=False)
+        await self.draw_pictures()
+
+    def on_prompt_pasted(self, message: Prompt.Pasted) -> None:
+        """Attach the picture."""
+        self.attach_file(str(message.path))
+
+    async def on_prompt_erased(self) -> None:
+        """Remove a picture."""
+        self.desk.detach()
         await self.draw_pictures()
 
     def _is_free(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from PIL import Image, ImageGrab
+from PIL import ExifTags, Image, ImageGrab, ImageOps
 
 from mlx_optiq_ext.errors import UsageError
 
@@ -19,7 +19,9 @@ __all__ = ["Picture", "clipboard_picture", "pasted_path", "read_picture"]
 
 _TAKEN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 _MAX_NBYTES = 20 << 20
-_SUFFIX = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?)$", re.IGNORECASE)
+_MAX_PIXELS = 50_000_000
+_APPLE = re.compile(r"\.hei[cf]$", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?|hei[cf])$", re.IGNORECASE)
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,11 +42,15 @@ def read_picture(path: Path) -> Picture:
     """
     path = path.expanduser()
     try:
-        if path.stat().st_size > _MAX_NBYTES:
+        # A pipe would be waited for, a device read for ever.
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no file; give the path of a picture")
+        with path.open("rb") as file:
+            data = file.read(_MAX_NBYTES + 1)
+        if len(data) > _MAX_NBYTES:
             raise UsageError(f"{path} is larger than {_MAX_NBYTES >> 20} MiB; make it smaller")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     return _picture(data, path.name, str(path))
 
 
@@ -88,13 +94,21 @@ def pasted_path(text: str) -> Path | None:
 def _picture(data: bytes, label: str, where: str) -> Picture:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > _MAX_PIXELS:
+                most = f"{_MAX_PIXELS // 10**6} million"
+                raise UsageError(f"{where} has {width}×{height} pixels, more than {most}; make it smaller")
             image.load()
             kind = str(image.format)
-            if kind not in _TAKEN:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                # Neither terminals nor models turn it.
+                upright = ImageOps.exif_transpose(image)
+                data, kind, (width, height) = _png(upright), "PNG", upright.size
+            elif kind not in _TAKEN:
                 data, kind = _png(image), "PNG"
-            width, height = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{where} is no picture that can be read ({error})") from error
+        advice = "; save it as JPEG or PNG" if _APPLE.search(where) else ""
+        raise UsageError(f"{where} is no picture that can be read ({error}){advice}") from error
     return Picture(data=data, media_type=_TAKEN[kind], width=width, height=height, label=label)
 
 

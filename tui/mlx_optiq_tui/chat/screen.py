@@ -1,29 +1,33 @@
 """The chat: ask, read the answer as it comes, allow or refuse what tools would do, ask otherwise."""
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.widgets import Static
 from textual.worker import Worker
 
 from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_ext.types.status import EngineStatus
-from mlx_optiq_tui.chat.composer import Composer, Prompt
+from mlx_optiq_tui.chat.composer import Composer
 from mlx_optiq_tui.chat.consent_box import ConsentBox
-from mlx_optiq_tui.chat.conversation import AssistantMessage, Conversation, ToolMessage, ToolUse, UserMessage
+from mlx_optiq_tui.chat.conversation import Conversation, ToolMessage, ToolUse, UserMessage
 from mlx_optiq_tui.chat.desk import Desk, answering_name, served_model
 from mlx_optiq_tui.chat.errands import Errands
+from mlx_optiq_tui.chat.plain import plain
 from mlx_optiq_tui.chat.settings_form import settings_words
-from mlx_optiq_tui.chat.transcript import AnswerView, ErrorView, QuestionView, ToolView, Transcript
+from mlx_optiq_tui.chat.transcript import AnswerView, ErrorView, ToolView, Transcript, conversation_views
 from mlx_optiq_tui.chat.turn import Decision, News, Turn
 from mlx_optiq_tui.chat_stream import ChatDelta
 from mlx_optiq_tui.lab import lab_of
 
 __all__ = ["ChatScreen"]
+
+_log = logging.getLogger(__name__)
 
 _EMPTY = (
     "Write below; Enter sends.\n\nCtrl+S chooses model, adapter, sampling and tools.\n"
@@ -37,7 +41,9 @@ class ChatScreen(Errands):
     HELP_TEXT = """# Chat
 
 Enter sends, Ctrl+J begins a new line, Escape stops the answer. A pasted or dropped path of a picture attaches
-it; Backspace in an empty message removes it again.
+it; Backspace in an empty message removes it again. What is written and not sent is kept.
+
+Ctrl+R asks the last question again, Ctrl+L edits it; F7 goes round the answers that were given.
 
 Tools run after you allowed them: once, or for as long as this conversation is open. Python and terminal
 commands run in a sandbox without network and see only the conversation's own folder.
@@ -58,6 +64,7 @@ Conversations are kept on this machine, each in a file of its own."""
         ("ctrl+n", "new", "New"),
         ("ctrl+b", "attach", "Picture"),
         ("ctrl+g", "thoughts", "Thoughts"),
+        Binding("f7", "other_answer", "Other answer", show=False),
     ]
 
     def __init__(self) -> None:
@@ -72,13 +79,17 @@ Conversations are kept on this machine, each in a file of its own."""
         yield Composer()
 
     def on_mount(self) -> None:
-        """Begin a conversation."""
+        """Begin a conversation, or go on where somebody was writing."""
         self.desk = Desk(is_demo=self.lab.is_demo)
+        composer = self.query_one(Composer)
+        composer.text = self.desk.written
+        self.prompt = composer.prompt
         self.watch(lab_of(self), "connection", self._draw_next)
         self.call_later(self.draw_all)
 
     def on_unmount(self) -> None:
-        """Leave nothing of the demo behind."""
+        """Keep what is written; leave nothing of the demo behind."""
+        self.keep_draft()
         self.desk.close()
 
     @property
@@ -103,31 +114,22 @@ Conversations are kept on this machine, each in a file of its own."""
         messages = self.desk.conversation.messages
         if not messages and not error:
             await transcript.mount(Static(_EMPTY, id="empty", markup=False))
-        calls: dict[str, ToolUse] = {}
-        for message in messages:
-            await self._draw_message(message, calls)
+        await transcript.mount_all(conversation_views(messages, self.desk.shown))
         if error:
             await transcript.mount(ErrorView(error))
         transcript.anchor()
         await self.draw_pictures()
-        self.query_one("#title", Static).update(self.desk.conversation.name)
+        self._draw_title()
 
     async def draw_pictures(self) -> None:
         """Show what goes along with the next message."""
         await self.query_one(Composer).show_pictures(self.desk.shown(self.desk.pictures))
         self._draw_next()
 
-    async def _draw_message(
-        self, message: UserMessage | AssistantMessage | ToolMessage, calls: dict[str, ToolUse]
-    ) -> None:
-        transcript = self.query_one(Transcript)
-        if isinstance(message, UserMessage):
-            await transcript.mount(QuestionView(message, self.desk.shown(message.images)))
-        elif isinstance(message, AssistantMessage):
-            calls.update({call.id: call for call in message.tool_calls})
-            await transcript.mount(AnswerView(message))
-        else:
-            await transcript.mount(ToolView(calls.get(message.call_id), message))
+    def _draw_title(self) -> None:
+        conversation = self.desk.conversation
+        others = f" · one of {len(conversation.others) + 1} answers (F7)" if conversation.others else ""
+        self.query_one("#title", Static).update(plain(conversation.name + others))
 
     def _draw_next(self) -> None:
         settings = self.desk.conversation.settings
@@ -172,13 +174,17 @@ Conversations are kept on this machine, each in a file of its own."""
         turn.allowed = desk.allowed
         problem = ""
         try:
-            desk.keep(conversation)
+            problem = self._keep(conversation)
+            turn.conversation = desk.conversation
             composer.text, desk.pictures, desk.is_editing = "", (), False
             await self.draw_all()
             async with contextlib.aclosing(turn.run()) as news:
                 await self._follow(turn, news)
         except OptiqError as error:
             problem = str(error)
+        except Exception as error:  # noqa: BLE001 - the worker's border: no answer ends the dashboard
+            _log.exception("an answer failed")
+            problem = f"{type(error).__name__}: {error}"
         finally:
             # Also where the answer was stopped, so nothing here waits.
             self._answering = None
@@ -189,6 +195,7 @@ Conversations are kept on this machine, each in a file of its own."""
                 turn.conversation = before
                 was_cut = True
             problem = self._keep(turn.conversation) or problem
+            self.keep_draft()
             if was_cut and self.is_attached:
                 self.call_later(self.draw_all, problem)
 
@@ -206,7 +213,7 @@ Conversations are kept on this machine, each in a file of its own."""
         calls: dict[str, ToolUse] = {}
         async for each in news:
             if isinstance(each, ToolMessage):
-                await self._draw_message(each, calls)
+                await transcript.mount(ToolView(calls.get(each.call_id), each))
                 continue
             if view is None:
                 view = AnswerView()
@@ -217,12 +224,18 @@ Conversations are kept on this machine, each in a file of its own."""
                 await view.end(each)
                 view = None
                 calls.update({call.id: call for call in each.tool_calls})
-                self._keep(turn.conversation)
+                if problem := self._keep(turn.conversation):
+                    self.notify(problem, severity="warning", timeout=15, markup=False)
 
     async def _consent(self, call: ToolUse) -> Decision:
         box, composer = self.query_one(ConsentBox), self.query_one(Composer)
         if not self.is_current:
-            self.notify(f"the chat asks whether {call.name} may run: key 3", severity="warning", timeout=15)
+            self.notify(
+                f"the chat asks whether {plain(call.name)} may run: key 3",
+                severity="warning",
+                timeout=15,
+                markup=False,
+            )
         elif not composer.text:
             self.call_after_refresh(box.take_focus)
         try:
@@ -231,15 +244,6 @@ Conversations are kept on this machine, each in a file of its own."""
             if self.is_current and self.focused is not None and box in self.focused.ancestors:
                 composer.prompt.focus()
 
-    def on_prompt_pasted(self, message: Prompt.Pasted) -> None:
-        """Attach the picture."""
-        self.attach_file(str(message.path))
-
-    async def on_prompt_erased(self) -> None:
-        """Remove a picture."""
-        self.desk.detach()
-        await self.draw_pictures()
-
     async def action_stop(self) -> None:
         """Stop the answer; else leave the editing; else leave the field."""
         if self._answering is not None:
@@ -247,6 +251,7 @@ Conversations are kept on this machine, each in a file of its own."""
         elif self.desk.is_editing:
             self.desk.is_editing, self.desk.pictures = False, ()
             self.query_one(Composer).text = ""
+            self.keep_draft()
             await self.draw_pictures()
         else:
             self.action_blur()
@@ -257,8 +262,13 @@ Conversations are kept on this machine, each in a file of its own."""
         if conversation is not None:
             self._begin(conversation)
 
+    async def action_other_answer(self) -> None:
+        """Show another of the answers to what was asked again or edited."""
+        if self.desk.conversation.others and not self.is_answering:
+            await self.draw_all(self._keep(self.desk.conversation.other_answer()))
+
     async def action_edit(self) -> None:
-        """Write the last question anew; the answer goes when it is sent."""
+        """Write the last question anew; sent, it gets an answer of its own beside the one that is there."""
         _, asked = self.desk.conversation.before_last_question()
         if asked is not None and not self.is_answering:
             composer = self.query_one(Composer)

@@ -10,7 +10,9 @@ import secrets
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -20,16 +22,26 @@ from mlx_optiq_ext.formats.records import RecordForm, convert_record, parse_json
 from mlx_optiq_tui.chat.conversation import (
     ChatSettings,
     Conversation,
+    Draft,
     StoredImage,
     UserMessage,
     as_markdown,
+    title_of,
 )
+from mlx_optiq_tui.chat.sandbox.usage import remove_folder
 
-__all__ = ["ConversationEntry", "ConversationStore", "data_folder"]
+__all__ = ["ConversationChanged", "ConversationEntry", "ConversationStore", "data_folder"]
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 _FORM = RecordForm(name="conversation", remedy="delete it, or repair the file by hand")
 _ID = re.compile(r"^[0-9]{8}-[0-9]{6}-[0-9a-f]{6}$")
+_DRAFT, _IMAGES = "draft.json", "images"
 _SUFFIXES = {"image/png": "png", "image/jpeg": "jpg", "image/gif": "gif", "image/webp": "webp"}
+
+
+class ConversationChanged(UsageError):
+    """Another dashboard wrote the conversation meanwhile."""
 
 
 class ConversationEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +52,7 @@ class ConversationEntry(msgspec.Struct, frozen=True, kw_only=True):
     changed: float
     turns: int = 0
     """Questions."""
+    has_draft: bool = False
     problem: str = ""
     """Why it cannot be opened."""
 
@@ -66,6 +79,7 @@ class ConversationStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._stamps: dict[str, tuple[int, int]] = {}
 
     def new(self, settings: ChatSettings | None = None) -> Conversation:
         """An empty conversation; not on disk yet."""
@@ -96,13 +110,70 @@ class ConversationStore:
             UsageError: It is not there, or not readable.
         """
         file = self._file(id)
-        document = parse_json(read_record(file, _FORM), str(file), _FORM)
-        return convert_record(document, Conversation, str(file), _FORM)
+        stamp = _stamp(file)
+        conversation = _read(file, Conversation)
+        if conversation.id != id:
+            raise UsageError(
+                f"{file} is another conversation's file, {conversation.id!r}; delete one of them"
+            )
+        self._stamps[id] = stamp
+        return conversation
 
-    def entries(self) -> list[ConversationEntry]:
-        """All of them, the one that was changed last first."""
+    def entries(self, words: str = "") -> list[ConversationEntry]:
+        """Those that have all these words in name, text or draft; the one that was changed last first."""
         files = [path for path in self.folder.glob("*.json") if _ID.match(path.stem)]
-        return sorted((self._entry(path) for path in files), key=lambda entry: -entry.changed)
+        found = (self._entry(path, words.casefold().split()) for path in files)
+        return sorted((entry for entry in found if entry), key=lambda entry: -entry.changed)
+
+    def keep_draft(self, conversation: Conversation, draft: Draft) -> None:
+        """Keep what is written and not sent; a conversation without anything else goes with its draft.
+
+        Raises:
+            ResourceError: See :meth:`save`.
+        """
+        file = self._beside(conversation.id) / _DRAFT
+        if draft != Draft():
+            if not self._file(conversation.id).exists():
+                self._write(conversation)
+            write_json_atomic(file, draft)
+        elif file.exists():
+            if conversation.messages or conversation.title:
+                with suppress(FileNotFoundError):
+                    file.unlink()
+            else:
+                self.delete(conversation.id)
+
+    def draft(self, id: str) -> Draft:
+        """What was written; nothing where that is not readable."""
+        try:
+            return _read(self._beside(id) / _DRAFT, Draft)
+        except OptiqError:
+            return Draft()
+
+    def last_draft(self) -> Conversation | None:
+        """The conversation that was written in last and not sent, where there is one."""
+        drafts = sorted(self.folder.glob(f"*/{_DRAFT}"), key=lambda file: -_stamp(file)[0])
+        for file in drafts:
+            with suppress(OptiqError):
+                return self.open(file.parent.name)
+        return None
+
+    def fork(self, conversation: Conversation) -> Conversation:
+        """A conversation of its own that begins the same, with its pictures.
+
+        Raises:
+            ResourceError: See :meth:`save`.
+        """
+        copy = msgspec.structs.replace(
+            conversation, id=self.new().id, title=f"{conversation.name} (copy)", changed=time.time()
+        )
+        pictures = self._beside(conversation.id) / _IMAGES
+        try:
+            if pictures.is_dir():
+                shutil.copytree(pictures, self._beside(copy.id) / _IMAGES)
+        except OSError as error:
+            raise unwritable(self._beside(copy.id), error) from error
+        return self._write(copy)
 
     def delete(self, id: str) -> None:
         """Remove one with its pictures and its workspace.
@@ -111,10 +182,11 @@ class ConversationStore:
             ResourceError: The folder cannot be written.
         """
         file = self._file(id)
+        self._stamps.pop(id, None)
         try:
             file.unlink(missing_ok=True)
             if self._beside(id).exists():
-                shutil.rmtree(self._beside(id))
+                remove_folder(self._beside(id))
         except OSError as error:
             raise unwritable(file, error) from error
 
@@ -133,9 +205,9 @@ class ConversationStore:
         pictures = file.with_name(f"{file.stem}-images")
         for message in conversation.messages:
             for image in message.images if isinstance(message, UserMessage) else ():
-                write_bytes_atomic(
-                    pictures / image.file, self.image_path(conversation.id, image).read_bytes()
-                )
+                path = self.image_path(conversation.id, image)
+                if path.is_file():
+                    write_bytes_atomic(pictures / path.name, path.read_bytes())
         write_bytes_atomic(file, as_markdown(conversation, pictures.name).encode())
         return file
 
@@ -151,7 +223,7 @@ class ConversationStore:
 
     def image_path(self, id: str, image: StoredImage) -> Path:
         """Where a picture lies."""
-        return self._beside(id) / "images" / Path(image.file).name
+        return self._beside(id) / _IMAGES / Path(image.file).name
 
     def workspace(self, id: str) -> Path:
         """The folder that this conversation's tools may write in; not made yet."""
@@ -159,18 +231,32 @@ class ConversationStore:
 
     def _write(self, conversation: Conversation) -> Conversation:
         self._make_folder(self.folder)
-        write_json_atomic(self._file(conversation.id), conversation)
+        file = self._file(conversation.id)
+        if self._stamps.get(conversation.id, _stamp(file)) != _stamp(file):
+            raise ConversationChanged(f"{file} was changed by another dashboard; open it again")
+        write_json_atomic(file, conversation)
+        self._stamps[conversation.id] = _stamp(file)
         return conversation
 
-    def _entry(self, path: Path) -> ConversationEntry:
+    def _entry(self, path: Path, words: list[str]) -> ConversationEntry | None:
+        draft = self.draft(path.stem)
         try:
-            read = self.open(path.stem)
+            read = _read(path, Conversation)
         except OptiqError as error:
+            if words:
+                return None
             return ConversationEntry(
-                id=path.stem, name=path.name, changed=path.stat().st_mtime, problem=str(error)
+                id=path.stem, name=path.name, changed=_stamp(path)[0] / 1e9, problem=str(error)
             )
+        said = (message.text for message in read.messages)
+        text = "\n".join((read.name, draft.text, *said)).casefold() if words else ""
+        if not all(word in text for word in words):
+            return None
         turns = sum(isinstance(message, UserMessage) for message in read.messages)
-        return ConversationEntry(id=read.id, name=read.name, changed=read.changed, turns=turns)
+        name = read.name if read.messages or read.title else title_of((UserMessage(text=draft.text),))
+        return ConversationEntry(
+            id=path.stem, name=name, changed=read.changed, turns=turns, has_draft=draft != Draft()
+        )
 
     def _file(self, id: str) -> Path:
         if not _ID.match(id):
@@ -184,5 +270,20 @@ class ConversationStore:
         """What people say to a model is nobody else's business."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_mode & 0o077:
+                folder.chmod(0o700)
         except OSError as error:
             raise unwritable(folder, error) from error
+
+
+def _read(file: Path, kind: type[T]) -> T:
+    return convert_record(parse_json(read_record(file, _FORM), str(file), _FORM), kind, str(file), _FORM)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What changes when a file is written: its time (ns) and its number; zeros where there is none."""
+    try:
+        told = file.stat()
+    except OSError:
+        return 0, 0
+    return told.st_mtime_ns, told.st_ino

@@ -3,27 +3,48 @@
 Widgets that draw values of ``conversation``; they know no server and no file but the pictures they are given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from textual import work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.widget import Widget
 from textual.widgets import Collapsible, Markdown, Static
 
 from mlx_optiq_tui.chat.conversation import (
     AnswerStats,
     AssistantMessage,
+    ChatMessage,
+    StoredImage,
     ToolMessage,
     ToolUse,
     UserMessage,
     named,
 )
 from mlx_optiq_tui.chat.image_view import ImageView
+from mlx_optiq_tui.chat.long_text import LongText, split_after
+from mlx_optiq_tui.chat.plain import plain, plainest
 from mlx_optiq_tui.chat.tools import shown_arguments
 from mlx_optiq_tui.chat_stream import ChatDelta
+from mlx_optiq_tui.question import Question
 
-__all__ = ["AnswerView", "ErrorView", "QuestionView", "ToolView", "Transcript", "stats_line"]
+__all__ = [
+    "FORMATTED_LINES",
+    "AnswerView",
+    "ErrorView",
+    "QuestionView",
+    "ToolView",
+    "Transcript",
+    "conversation_views",
+    "stats_line",
+]
+
+FORMATTED_LINES = 120
+"""Of an answer, and of the answers of a conversation that is opened, the newest first."""
+_LINE_CHARACTERS = 200
+_UNFORMATTED = "… what follows is too long to format and is shown as it was written"
 
 _OUTCOMES = {"ran": "✓ ran", "refused": "✕ refused", "failed": "✕ failed"}
 _ENDS = {
@@ -66,14 +87,18 @@ class QuestionView(Vertical):
             with Horizontal():
                 for path, label in self._pictures:
                     yield ImageView(path, label)
-        yield Static(self._message.text, markup=False)
+        yield LongText(self._message.text)
 
 
 class AnswerView(Vertical):
     """What the model says: thoughts folded, text, and what it cost.
 
+    Markdown makes a widget of every paragraph and list item, and with thousands of them no key would be
+    answered for minutes: so only a beginning is formatted.
+
     Args:
         message: A whole answer; None where it will come in pieces.
+        lines: How many of them are formatted.
     """
 
     DEFAULT_CSS = """
@@ -83,40 +108,63 @@ class AnswerView(Vertical):
     AnswerView .thoughts { color: $text-muted; padding: 0 2; }
     AnswerView Markdown { height: auto; padding: 0 1; margin: 0; background: $background; }
     AnswerView MarkdownBlock:last-child { margin-bottom: 0; }
+    AnswerView .tail { padding: 0 1; }
     AnswerView .cost { color: $text-muted; padding: 0 1; }
     """
 
-    def __init__(self, message: AssistantMessage | None = None) -> None:
+    def __init__(self, message: AssistantMessage | None = None, lines: int = FORMATTED_LINES) -> None:
         super().__init__()
         self._message = message
-        self._thoughts: list[str] = [message.reasoning] if message and message.reasoning else []
+        self._thought_words = 0
+        self._lines, self._characters = lines, lines * _LINE_CHARACTERS
+        self._is_cut = False
 
     def compose(self) -> ComposeResult:
         """Thoughts, text, cost."""
+        head, tail = self._formatted(self._message.text if self._message else "")
+        thoughts = self._message.reasoning.strip() if self._message else ""
+        self._thought_words = len(thoughts.split())
         with Collapsible(title=self._thoughts_title(done=True), collapsed=True):
-            yield Static(classes="thoughts", markup=False)
-        yield Markdown(self._message.text if self._message else "", open_links=False)
-        yield Static(classes="cost", markup=False)
+            yield LongText(thoughts, classes="thoughts")
+        yield Markdown(plain(head), open_links=False)
+        yield Static(_UNFORMATTED, classes="cost unformatted", markup=False)
+        yield LongText(tail, classes="tail")
+        yield Static(classes="cost end", markup=False)
 
     def on_mount(self) -> None:
         """Show what is there."""
-        self.query_one(Collapsible).display = bool(self._thoughts)
+        self.query_one(Collapsible).display = bool(self._thought_words)
+        self.query_one(".unformatted").display = self._is_cut
         if self._message is not None:
             self.finish(self._message)
         else:
-            self.query_one(".cost", Static).update("…")
+            self.query_one(".end", Static).update("…")
             self._stream = Markdown.get_stream(self.query_one(Markdown))
 
     async def add(self, delta: ChatDelta) -> None:
         """Show a piece."""
         if delta.reasoning:
-            self._thoughts.append(delta.reasoning)
+            self._thought_words += len(delta.reasoning.split())
             folded = self.query_one(Collapsible)
             folded.display = True
             folded.title = self._thoughts_title(done=False)
-            self._draw_thoughts()
-        if delta.text:
-            await self._stream.write(delta.text)
+            self.query_one(".thoughts", LongText).add(delta.reasoning)
+        head, tail = self._formatted(delta.text)
+        if head:
+            await self._stream.write(plain(head))
+        if tail:
+            self.query_one(".tail", LongText).add(tail)
+
+    def _formatted(self, text: str) -> tuple[str, str]:
+        """What of a text that comes next is Markdown, and what is shown as it was written."""
+        head, tail = split_after(text, self._lines, self._characters) if self._lines > 0 else ("", text)
+        self._lines -= head.count("\n")
+        self._characters -= len(head)
+        if tail and not self._is_cut:
+            self._is_cut, self._lines = True, 0
+            if self.is_mounted:
+                self.query_one(".unformatted").display = True
+        return head, tail
 
     async def end(self, message: AssistantMessage) -> None:
         """All has come."""
@@ -127,32 +175,28 @@ class AnswerView(Vertical):
         """Say what it cost."""
         self.query_one(Collapsible).title = self._thoughts_title(done=True)
         self.query_one(Markdown).display = bool(message.text)
-        self.query_one(".cost", Static).update(stats_line(message))
+        self.query_one(".end", Static).update(plain(stats_line(message)))
 
     def toggle_thoughts(self) -> None:
         """Unfold or fold them."""
         folded = self.query_one(Collapsible)
         folded.collapsed = not folded.collapsed
 
-    def on_collapsible_expanded(self) -> None:
-        """Draw them when they are seen."""
-        self._draw_thoughts()
-
-    def on_markdown_link_clicked(self, event: Markdown.LinkClicked) -> None:
-        """Open pages of the web; nothing else that a model may write as a link."""
+    @work(exclusive=True, group="link")
+    async def on_markdown_link_clicked(self, event: Markdown.LinkClicked) -> None:
+        """Open pages of the web, asked first: the words of a link need not say where it leads."""
         event.stop()
-        if urlsplit(event.href).scheme in ("http", "https"):
+        try:
+            is_page = urlsplit(event.href).scheme in ("http", "https")
+        except ValueError:  # no address at all
+            is_page = False
+        if not is_page:
+            self.notify(plainest(event.href), title="Not opened: no page of the web", markup=False)
+        elif await self.app.push_screen_wait(Question(f"Open {plainest(event.href)} ?", yes="Open")):
             self.app.open_url(event.href)
-        else:
-            self.notify(event.href, title="Not opened: no page of the web", markup=False)
-
-    def _draw_thoughts(self) -> None:
-        if not self.query_one(Collapsible).collapsed:
-            self.query_one(".thoughts", Static).update("".join(self._thoughts).strip())
 
     def _thoughts_title(self, *, done: bool) -> str:
-        words = len("".join(self._thoughts).split())
-        return f"Thought: {words} words" if done else f"Thinking … {words} words"
+        return f"Thought: {self._thought_words} words" if done else f"Thinking … {self._thought_words} words"
 
 
 class ToolView(Vertical):
@@ -176,11 +220,11 @@ class ToolView(Vertical):
     def compose(self) -> ComposeResult:
         """Folded but for its first line."""
         first = self._told.text.strip().splitlines()[:1]
-        title = f"{self._told.name} {_OUTCOMES[self._told.outcome]}: {first[0][:60] if first else ''}"
+        title = plain(f"{self._told.name} {_OUTCOMES[self._told.outcome]}: {first[0][:60] if first else ''}")
         with Collapsible(title=title.replace("[", "\\["), collapsed=True):
             if self._call is not None:
-                yield Static(shown_arguments(self._call), markup=False)
-            yield Static(self._told.text, markup=False)
+                yield Static(plainest(shown_arguments(self._call)), markup=False)
+            yield LongText(self._told.text)
 
 
 class ErrorView(Static):
@@ -191,7 +235,33 @@ class ErrorView(Static):
     """
 
     def __init__(self, words: str) -> None:
-        super().__init__(f"✕ {words}", markup=False)
+        super().__init__(plain(f"✕ {words}"), markup=False)
+
+
+def conversation_views(
+    messages: Sequence[ChatMessage], shown: Callable[[tuple[StoredImage, ...]], list[tuple[Path, str]]]
+) -> list[Widget]:
+    """A widget for each message; the newest answers are formatted.
+
+    Args:
+        messages: All of them.
+        shown: Path and label of pictures.
+    """
+    lines, formatted = FORMATTED_LINES, list[int]()
+    for message in reversed(messages):
+        formatted.append(lines)
+        if isinstance(message, AssistantMessage):
+            lines = max(0, lines - message.text.count("\n") - 1)
+    views, calls = list[Widget](), dict[str, ToolUse]()
+    for message, most in zip(messages, reversed(formatted), strict=True):
+        if isinstance(message, UserMessage):
+            views.append(QuestionView(message, shown(message.images)))
+        elif isinstance(message, AssistantMessage):
+            calls.update({call.id: call for call in message.tool_calls})
+            views.append(AnswerView(message, most))
+        else:
+            views.append(ToolView(calls.get(message.call_id), message))
+    return views
 
 
 def stats_line(message: AssistantMessage) -> str:

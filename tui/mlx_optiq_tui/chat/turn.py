@@ -21,10 +21,12 @@ from mlx_optiq_tui.chat.tools import TOOLS, ToolBox
 from mlx_optiq_tui.chat.wire import ReadImage, request_body
 from mlx_optiq_tui.chat_stream import ChatDelta, ChatUsage
 
-__all__ = ["MAX_ROUNDS", "Answering", "Consent", "Decision", "News", "Streams", "Turn"]
+__all__ = ["MAX_CALLS", "MAX_ROUNDS", "Answering", "Consent", "Decision", "News", "Streams", "Turn"]
 
 MAX_ROUNDS = 8
 """Answers that call tools; the next one has to do without."""
+MAX_CALLS = 16
+"""Calls of one answer that are done."""
 _REFUSED = "The user refused this call. Go on without it, or ask what they would rather have."
 
 Decision: TypeAlias = Literal["once", "conversation", "refuse"]
@@ -146,8 +148,8 @@ class Turn:
             self._keep(message)
             self.answering = None
             yield message
-            for call in message.tool_calls:
-                told = await self._use(call)
+            for order, call in enumerate(message.tool_calls):
+                told = await self._use(call, too_many=order >= MAX_CALLS or number == MAX_ROUNDS)
                 self._keep(told)
                 yield told
             if not message.tool_calls:
@@ -170,7 +172,12 @@ class Turn:
             self._keep(ToolMessage(call_id=call.id, name=call.name, text=text, outcome="refused"))
         return was_answering or bool(unanswered)
 
-    async def _use(self, call: ToolUse) -> ToolMessage:
+    async def _use(self, call: ToolUse, *, too_many: bool) -> ToolMessage:
+        if too_many:
+            text = (
+                f"error: not done; {MAX_CALLS} calls in an answer and {MAX_ROUNDS} such answers are the limit"
+            )
+            return ToolMessage(call_id=call.id, name=call.name, text=text, outcome="failed")
         if call.name not in self.conversation.settings.tools:
             text = f"error: there is no tool {call.name!r}"
             return ToolMessage(call_id=call.id, name=call.name, text=text, outcome="failed")
