@@ -24,6 +24,7 @@ __all__ = ["NO_ADAPTER", "ModelAdapters", "Mounted", "check_adapter_name"]
 
 NO_ADAPTER = "base"
 """Asks for the base model where another adapter is the default."""
+_UNQUANTIZED = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -55,6 +56,9 @@ class ModelAdapters:
         self._mount = AdapterMount(model)
         self._fingerprint = fingerprint
         self._dtype = dtype
+        self._base_bits = {
+            path: getattr(layer, "bits", _UNQUANTIZED) for path, layer in model.named_modules()
+        }
         self._base = Mounted("", BASE, "", {})
         self._named: dict[str, Mounted] = {}
         self._sums: dict[str, Mounted] = {}
@@ -155,6 +159,7 @@ class ModelAdapters:
                 source=each.source,
                 rank=max(factor.rank for factor in each.factors.values()),
                 ranks={path: factor.rank for path, factor in each.factors.items()},
+                base_bits={path: self._base_bits[path] for path in each.factors},
                 nbytes=sum(array.nbytes for factor in each.factors.values() for array in factor),
                 fits_base=each.fits_base,
                 is_default=each.name == self.default,

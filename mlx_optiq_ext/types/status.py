@@ -54,6 +54,8 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The largest of its ranks."""
     ranks: dict[str, int] = {}
     """By path of the layer."""
+    base_bits: dict[str, int] = {}
+    """Of the layers under them, by the same paths; 16 where the base is not quantized."""
     nbytes: int = 0
     fits_base: bool | None = None
     """Whether it was trained on these very weights; None where it does not say."""

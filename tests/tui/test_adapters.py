@@ -16,7 +16,7 @@ from mlx_optiq_ext.lora.files import write_adapter
 from mlx_optiq_ext.types.adapter import AdapterConfig
 from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_tui.app import LabApp
-from mlx_optiq_tui.widgets.rank_map import rank_map
+from mlx_optiq_tui.widgets.rank_map import rank_by_bits_map, rank_difference_map, rank_map
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
@@ -45,7 +45,11 @@ def test_adapters_are_mounted_chosen_compared_and_unmounted(url: str) -> None:
         await pilot.press("m", "enter", "enter")
         await until(pilot, lambda: "○  one" in screen_text(app))
         assert "self_attn.q_proj" in screen_text(app)
-        await pilot.press("d")
+        await pilot.press("v")
+        await until(pilot, lambda: "16  bits: 2 modules, rank 2 to 2, mean 2.0" in screen_text(app))
+        await pilot.press("v")
+        await until(pilot, lambda: "no other adapter" in screen_text(app))
+        await pilot.press("v", "d")
         await until(pilot, lambda: "●  one" in screen_text(app))
         await pilot.press("c", *"Hi", "enter")
         await until(pilot, lambda: screen_text(app).count("tokens, first after") == 2)
@@ -88,3 +92,20 @@ def test_ranks_are_drawn_by_module_and_block_in_bands() -> None:
     narrow = rank_map({PATHS[0]: 4, PATHS[1]: 16}, 60).plain.splitlines()
     assert narrow[1].split() == ["self_attn.q_proj", "4", "16"]
     assert narrow[-1].split() == ["rank", "4", "16"]
+
+
+def test_ranks_are_drawn_on_the_bits_under_them_and_against_other_ranks() -> None:
+    ranks, bits = {PATHS[0]: 4, PATHS[1]: 16}, {PATHS[0]: 3, PATHS[1]: 8}
+    lines = rank_by_bits_map(ranks, bits, 60).plain.splitlines()
+    assert lines[1].split() == ["self_attn.q_proj", "4", "16"]
+    assert lines[2:] == [
+        " 3  bits: 1 module, rank 4 to 4, mean 4.0",
+        " 8  bits: 1 module, rank 16 to 16, mean 16.0",
+    ]
+    other = {PATHS[0]: 8, "model.layers.1.self_attn.k_proj": 2}
+    lines = rank_difference_map(ranks, other, 60).plain.splitlines()
+    assert [line.split() for line in lines[1:3]] == [
+        ["self_attn.q_proj", "-4", "+16"],
+        ["self_attn.k_proj", "-2"],
+    ]
+    assert lines[-1] == "more rank in 1, less in 2, the same in 0"

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable
 from typing import ClassVar
 
+from rich.text import Text
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -17,11 +18,12 @@ from mlx_optiq_tui.adapters.compare import ComparePanel
 from mlx_optiq_tui.adapters.mount_form import MountForm, Mounting
 from mlx_optiq_tui.lab_screen import LabScreen
 from mlx_optiq_tui.question import Question
-from mlx_optiq_tui.widgets.rank_map import rank_map
+from mlx_optiq_tui.widgets.rank_map import rank_by_bits_map, rank_difference_map, rank_map
 
 __all__ = ["AdaptersScreen"]
 
 _COLUMNS = ("", "adapter", "model", "source", "rank", "memory", "base", "requests")
+_VIEWS = ("rank", "bits", "difference")
 _FITS = {True: "✓ same", False: "✕ other", None: "? not said"}
 _NOTHING = (
     "No adapter is mounted. m mounts one: a folder below the server's --adapters-dir, or a Hub id.\n"
@@ -35,7 +37,8 @@ class AdaptersScreen(LabScreen):
     HELP_TEXT = """# Adapters
 
 `●` answers requests that name none; `○` is mounted; `·` can be mounted. `base` says whether the adapter was
-trained on these very weights. The map shows its rank by module and block.
+trained on these very weights. The map shows its rank by module and block; `v` colours it by the bits of the
+layers under it, and then shows where it has more rank than another adapter.
 
 Mounting and unmounting disturb no answer that is running."""
 
@@ -50,6 +53,7 @@ Mounting and unmounting disturb no answer that is running."""
         ("u", "unmount", "Unmount"),
         ("d", "use", "Default"),
         ("b", "use_base", "Base"),
+        ("v", "view", "Ranks"),
         ("c", "compare", "Compare"),
         ("t", "table", "Table"),
     ]
@@ -72,6 +76,7 @@ Mounting and unmounting disturb no answer that is running."""
         super().__init__()
         self._mounted: tuple[AdapterStatus, ...] = ()
         self._available: tuple[str, ...] = ()
+        self._view = _VIEWS[0]
 
     def compose_body(self) -> ComposeResult:
         """Two tabs."""
@@ -140,9 +145,28 @@ Mounting and unmounting disturb no answer that is running."""
         width = picture.content_size.width or 76
         chosen = self._chosen()
         if isinstance(chosen, AdapterStatus):
-            picture.update(rank_map(chosen.ranks, width))
+            picture.update(self._picture(chosen, width))
         else:
             picture.update(f"{chosen} can be mounted: m" if chosen else _NOTHING)
+
+    def _picture(self, chosen: AdapterStatus, width: int) -> Text:
+        """The ranks as the view wants them, below a line that says how."""
+        if self._view == "rank":
+            return Text("rank by module and block\n", "bold").append(rank_map(chosen.ranks, width))
+        if self._view == "bits":
+            said = Text("rank, on the bits of the base's layers\n", "bold")
+            return said.append(rank_by_bits_map(chosen.ranks, chosen.base_bits, width))
+        others = [each for each in self._mounted if each is not chosen and each.model == chosen.model]
+        if not others:
+            return Text("no other adapter of this model is mounted to compare ranks with (v)", "dim")
+        other = next((each for each in others if each.is_default), others[0])
+        said = Text(f"rank of {chosen.name} less that of {other.name}\n", "bold")
+        return said.append(rank_difference_map(chosen.ranks, other.ranks, width))
+
+    def action_view(self) -> None:
+        """Ranks; ranks on the base's bits; the difference from another adapter; and again."""
+        self._view = _VIEWS[(_VIEWS.index(self._view) + 1) % len(_VIEWS)]
+        self._draw_ranks()
 
     def _chosen(self) -> AdapterStatus | str | None:
         """The adapter under the cursor, or the source of one that is not mounted."""

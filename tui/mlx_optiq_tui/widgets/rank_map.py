@@ -1,14 +1,14 @@
-"""An adapter's ranks as a map: a row for each module, a column for each block."""
+"""An adapter's ranks as a map: a row for each module, a column for each block; alone and compared."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.style import Style
 from rich.text import Text
 
-from mlx_optiq_ext.types.palette import ink_on, ramp_color
+from mlx_optiq_ext.types.palette import bits_color, ink_on, ramp_color
 
-__all__ = ["rank_map"]
+__all__ = ["rank_by_bits_map", "rank_difference_map", "rank_map"]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -22,17 +22,68 @@ def rank_map(ranks: Mapping[str, int], width: int) -> Text:
     Returns:
         Lines; the number in every cell where there is room for it.
     """
-    grid: dict[str, dict[int, int]] = {}
+    most = max(ranks.values(), default=1)
+    text = _grid(ranks, width, lambda path: (str(ranks[path]), ramp_color(ranks[path] / most)))
+    return text.append(_legend(ranks.values(), most)) if ranks else text
+
+
+def rank_by_bits_map(ranks: Mapping[str, int], bits: Mapping[str, int], width: int) -> Text:
+    """The same ranks, coloured by the bits of the layers under them; below, what each width got.
+
+    Args:
+        ranks: By dotted path.
+        bits: Of the base's layers by the same paths; 16 where it is not quantized.
+        width: Columns.
+    """
+    text = _grid(ranks, width, lambda path: (str(ranks[path]), bits_color(bits.get(path, 16))))
+    of_width: dict[int, list[int]] = {}
     for path, rank in ranks.items():
+        of_width.setdefault(bits.get(path, 16), []).append(rank)
+    for each, found in sorted(of_width.items()):
+        color = bits_color(each)
+        text.append(f" {each} ", Style(color=ink_on(color), bgcolor=color))
+        mean = sum(found) / len(found)
+        modules = "1 module" if len(found) == 1 else f"{len(found)} modules"
+        text.append(f" bits: {modules}, rank {min(found)} to {max(found)}, mean {mean:.1f}\n")
+    return text
+
+
+def rank_difference_map(ranks: Mapping[str, int], other: Mapping[str, int], width: int) -> Text:
+    """How much more rank one adapter has than another, signed, brighter where they differ more.
+
+    Args:
+        ranks: Of the one, by dotted path.
+        other: Of the other; a path that only one has counts 0 for the other.
+        width: Columns.
+    """
+    paths = {**dict.fromkeys(other), **dict.fromkeys(ranks)}
+    more = {path: ranks.get(path, 0) - other.get(path, 0) for path in paths}
+    most = max((abs(each) for each in more.values()), default=0) or 1
+
+    def draw(path: str) -> tuple[str, str]:
+        return f"{more[path]:+d}" if more[path] else "·", ramp_color(abs(more[path]) / most)
+
+    text = _grid(more, width, draw)
+    wider = sum(each > 0 for each in more.values())
+    narrower = sum(each < 0 for each in more.values())
+    return text.append(
+        f"more rank in {wider}, less in {narrower}, the same in {len(more) - wider - narrower}"
+    )
+
+
+def _grid(ranks: Mapping[str, int], width: int, draw: Callable[[str], tuple[str, str]]) -> Text:
+    """Cells by module and block; ``draw`` gives the characters of a path's cell and its colour."""
+    grid: dict[str, dict[int, str]] = {}
+    for path in ranks:
         found = _BLOCK.search(path)
         module = path[found.end() :] if found else path
-        grid.setdefault(module, {})[int(found[1]) if found else 0] = rank
+        grid.setdefault(module, {})[int(found[1]) if found else 0] = path
     if not grid:
         return Text("no ranks", "dim")
-    most = max(ranks.values())
     label = min(max(map(len, grid)), width // 3)
+    longest = max(len(draw(path)[0]) for path in ranks)
     blocks = sorted({block for row in grid.values() for block in row})
-    cell = next((cell for cell in (3, 2) if len(blocks) * cell <= width - label - 1), 1)
+    cell = next((cell for cell in (max(longest + 1, 3), 3, 2) if len(blocks) * cell <= width - label - 1), 1)
     per_band = max((width - label - 1) // cell, 1)
     text = Text(no_wrap=True)
     for start in range(0, len(blocks), per_band):
@@ -41,17 +92,14 @@ def rank_map(ranks: Mapping[str, int], width: int) -> Text:
         for module, row in grid.items():
             text.append(f"{module[-label:]:<{label}} ")
             for block in band:
-                text.append(*_cell(row.get(block), most, cell))
+                text.append(*(_cell(*draw(row[block]), cell) if block in row else (" " * cell, "")))
             text.append("\n")
-    return text.append(_legend(ranks.values(), most))
+    return text
 
 
-def _cell(rank: int | None, most: int, cell: int) -> tuple[str, Style | str]:
-    if rank is None:
-        return " " * cell, ""
-    color = ramp_color(rank / most)
-    shown = f"{rank:>{cell}}" if cell > 1 and rank < 10**cell else " " * cell
-    return shown, Style(color=ink_on(color), bgcolor=color)
+def _cell(shown: str, color: str, cell: int) -> tuple[str, Style]:
+    fits = len(shown) <= cell and cell > 1
+    return (shown if fits else "").rjust(cell), Style(color=ink_on(color), bgcolor=color)
 
 
 def _numbers(blocks: list[int], cell: int) -> str:
