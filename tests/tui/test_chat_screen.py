@@ -1,5 +1,6 @@
 """The chat screen against a real model, a scripted engine behind the real server, and the recording."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,13 +16,13 @@ from support_serving import engine_on, spec_of, tiny_folder
 from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, screen_text, until
 from textual import events
 from textual.pilot import Pilot
-from textual.widgets import Checkbox, Collapsible, Input, Markdown
+from textual.widgets import Button, Checkbox, Collapsible, Input, Markdown, OptionList
 
 from mlx_optiq_ext.errors import RequestError
 from mlx_optiq_ext.types.chat import Image, Text
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.app import LabApp
-from mlx_optiq_tui.chat import tools
+from mlx_optiq_tui.chat import consent_box, tools
 from mlx_optiq_tui.chat.composer import Composer, Prompt
 from mlx_optiq_tui.chat.consent_box import ConsentBox
 from mlx_optiq_tui.chat.conversation import (
@@ -38,7 +39,8 @@ from mlx_optiq_tui.chat.screen import ChatScreen
 from mlx_optiq_tui.chat.settings_form import SettingsForm, parse_number
 from mlx_optiq_tui.chat.store import ConversationStore
 from mlx_optiq_tui.chat.tools import Found
-from mlx_optiq_tui.chat.transcript import ErrorView, QuestionView, ToolView
+from mlx_optiq_tui.chat.transcript import AnswerView, ErrorView, QuestionView, ToolView
+from mlx_optiq_tui.chat.turn import settled
 
 Steps = Callable[[Pilot[Any], "Chat"], Any]
 SEARCH = answer(*call("web_search", '{"query": "weather"}'), reason="tool_calls")
@@ -485,6 +487,168 @@ def test_a_call_unfolds_and_its_result_is_no_markup(monkeypatch: pytest.MonkeyPa
 
     with scripted(SEARCH, answer("It shines.")) as (app, _):
         chat(app, steps, WIDE)
+
+
+def listed(chat: Chat) -> int:
+    """Conversations in the dialog."""
+    return sum(each.option_count for each in chat.app.screen.query(OptionList))
+
+
+def test_drafts_survive_other_screens_conversations_and_the_end(store: ConversationStore) -> None:
+    async def write(pilot: Pilot[Any], chat: Chat) -> None:
+        await chat.ask(pilot, "Asked")
+        await pilot.press(*"one", "f1")
+        await until(pilot, lambda: store.entries()[0].has_draft)
+        await pilot.press("f3", "ctrl+n")
+        await until(pilot, lambda: chat.messages == ())
+        assert chat.text == ""
+        await pilot.press(*"two", "ctrl+o")
+        await until(pilot, lambda: listed(chat) == 2)
+        assert "0 asked  draft" in chat.shown
+        await pilot.press("slash", *"asked")
+        await until(pilot, lambda: listed(chat) == 1)
+        await pilot.press("enter", "enter")
+        await until(pilot, lambda: chat.text == "one")
+        assert chat.messages[0].text == "Asked"
+        await pilot.press(*"!")
+
+    async def read(pilot: Pilot[Any], chat: Chat) -> None:
+        assert (chat.text, chat.messages[0].text) == ("one!", "Asked")
+        await chat.say(pilot, chat.text)
+        await chat.answered(pilot)
+
+    with scripted() as (app, _):
+        chat(app, write)
+        chat(lab_at(app.client.url, "chat"), read)
+    assert [(entry.name, entry.has_draft) for entry in store.entries()] == [("Asked", False), ("two", True)]
+
+
+def test_an_earlier_answer_is_a_key_away() -> None:
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        await chat.ask(pilot, "First")
+        await pilot.press("ctrl+r")
+        await chat.answered(pilot)
+        await until(pilot, lambda: "one of 2 answers (F8)" in chat.shown)
+        await pilot.press("f8")
+        await until(pilot, lambda: "Uno" in chat.shown and "Due" not in chat.shown)
+        await pilot.press("f8")
+        await until(pilot, lambda: "Due" in chat.shown and "Uno" not in chat.shown)
+
+    with scripted(answer("Uno"), answer("Due")) as (app, _):
+        chat(app, steps)
+
+
+def test_an_answer_of_thousands_of_lines_is_whole_and_keys_stay_quick() -> None:
+    text = "\n".join(f"- line {number} \x1b]0;title\x07" for number in range(3000))
+
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        await chat.ask(pilot, "Much?")
+        await until(pilot, lambda: "line 2999" in chat.shown)
+        assert "\x1b" not in chat.shown
+        assert chat.messages[-1].text == text
+        view = chat.screen.query_one(AnswerView)
+        assert len(view.query("*")) < 1000  # a widget for each line would be thousands, and minutes
+        begun = time.monotonic()
+        await pilot.press("a")
+        assert time.monotonic() - begun < 2
+        assert chat.text == "a"
+
+    with scripted(answer(text)) as (app, _):
+        chat(app, steps)
+
+
+def test_a_link_says_where_it_leads_before_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        monkeypatch.setattr(chat.app, "open_url", lambda url, **_: opened.append(url))
+        await chat.ask(pilot, "Link?")
+        markdown = chat.screen.query_one(AnswerView).query_one(Markdown)
+        for href in ("file:///etc/passwd", "http://[", "javascript:x"):
+            markdown.post_message(Markdown.LinkClicked(markdown, href))
+            await pilot.pause()
+        assert opened == []
+        markdown.post_message(Markdown.LinkClicked(markdown, "https://evil.example/?q=1"))
+        await until(pilot, lambda: "Open https://evil.example/?q=1 ?" in chat.shown)
+        await pilot.press("y")
+        await until(pilot, lambda: opened == ["https://evil.example/?q=1"])
+
+    with scripted(answer("[bank](https://evil.example/?q=1)")) as (app, _):
+        chat(app, steps)
+
+
+def test_consent_shows_what_cannot_be_seen_and_takes_no_click_meant_for_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        offered(chat, "web_search")
+        await chat.say(pilot, "Weather?")
+        box = chat.screen.query_one(ConsentBox)
+        await until(pilot, lambda: box.is_asking)
+        assert "a\\u202eb\\u200b" in chat.shown
+        assert "(10 lines; scroll to read all)" in chat.shown
+        box.query_one("#once", Button).press()
+        await pilot.pause()
+        assert box.is_asking
+        box.query_one("#refuse", Button).press()
+        await chat.answered(pilot)
+        assert chat.messages[2].outcome == "refused"
+
+    monkeypatch.setattr(consent_box, "_HASTY_S", 60.0)
+    query = msgspec.json.encode({"query": "a\u202eb\u200b" + "\n" * 9}).decode()
+    with scripted(answer(*call("web_search", query), reason="tool_calls"), answer("No.")) as (app, _):
+        chat(app, steps, WIDE)
+
+
+def test_leaving_while_a_tool_asks_keeps_a_whole_conversation(store: ConversationStore) -> None:
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        offered(chat, "web_search")
+        await chat.say(pilot, "Weather?")
+        await until(pilot, lambda: chat.screen.query_one(ConsentBox).is_asking)
+
+    with scripted(SEARCH) as (app, _):
+        chat(app, steps)
+    kept = store.open(store.entries()[0].id)
+    assert settled(kept) is kept
+    assert [type(message).__name__ for message in kept.messages] == [
+        "UserMessage",
+        "AssistantMessage",
+        "ToolMessage",
+    ]
+    assert kept.messages[2].outcome == "refused"  # type: ignore[union-attr]
+
+
+def test_what_goes_wrong_unforeseen_ends_the_answer_and_not_the_dashboard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def search(query: str) -> tuple[Found, ...]:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(tools, "search_web", search)
+
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        offered(chat, "web_search")
+        chat.screen.desk.allowed.add("web_search")
+        await chat.ask(pilot, "Weather?")
+        await until(pilot, lambda: "RuntimeError: nobody thought of this" in chat.shown)
+        assert chat.messages[-1].outcome == "refused"
+
+    with scripted(SEARCH) as (app, _):
+        chat(app, steps)
+
+
+def test_two_dashboards_on_one_conversation_part(store: ConversationStore) -> None:
+    async def steps(pilot: Pilot[Any], chat: Chat) -> None:
+        await chat.ask(pilot, "Here")
+        other = ConversationStore(store.folder)
+        other.save(other.open(store.entries()[0].id).with_messages(UserMessage(text="There")))
+        await chat.ask(pilot, "Here again")
+        await until(pilot, lambda: "goes on as a copy" in chat.shown)
+        assert [message.text for message in chat.messages] == ["Here", "one", "Here again", "two"]
+
+    with scripted(answer("one"), answer("two")) as (app, _):
+        chat(app, steps)
+    assert {entry.name for entry in store.entries()} == {"Here", "Here (copy)"}
 
 
 @pytest.mark.skipif(version("textual") != "8.2.8", reason="the pictures were made with Textual 8.2.8")

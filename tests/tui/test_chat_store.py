@@ -1,6 +1,7 @@
 """Conversations on disk, as requests, as Markdown; pictures beside them."""
 
 import base64
+import os
 import stat
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ from mlx_optiq_tui.chat.conversation import (
     AssistantMessage,
     ChatSettings,
     Conversation,
+    Draft,
     ToolMessage,
     ToolUse,
     UserMessage,
+    as_markdown,
 )
+from mlx_optiq_tui.chat.long_text import split_after
 from mlx_optiq_tui.chat.pictures import pasted_path, read_picture
-from mlx_optiq_tui.chat.store import ConversationStore, data_folder
+from mlx_optiq_tui.chat.plain import plain, plainest
+from mlx_optiq_tui.chat.store import ConversationChanged, ConversationStore, data_folder
 from mlx_optiq_tui.chat.wire import request_body
 
 SETTINGS = ChatSettings(
@@ -204,3 +209,112 @@ def test_conversations_lie_in_the_users_data_folder(monkeypatch: pytest.MonkeyPa
     assert data_folder() == Path.home() / ".local/share/mlx-optiq-ext/conversations"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert data_folder() == Path.home() / "Library/Application Support/mlx-optiq-ext/conversations"
+
+
+def test_a_draft_is_kept_with_its_conversation_and_goes_with_an_empty_one(store: ConversationStore) -> None:
+    assert store.last_draft() is None
+    asked = store.save(talk(store))
+    draft = Draft(text="and a dog?", images=asked.messages[0].images, is_editing=True)  # type: ignore[union-attr]
+    store.keep_draft(asked, draft)
+    new = store.new()
+    store.keep_draft(new, Draft(text="something else"))
+    again = ConversationStore(store.folder)
+    assert again.last_draft() == new
+    assert (again.draft(asked.id), again.draft(new.id).text) == (draft, "something else")
+    listed = {entry.id: (entry.name, entry.has_draft) for entry in again.entries()}
+    assert listed == {asked.id: ("What is this?", True), new.id: ("something else", True)}
+    again.keep_draft(new, Draft())
+    again.keep_draft(asked, Draft())
+    assert [(entry.id, entry.has_draft) for entry in again.entries()] == [(asked.id, False)]
+    (store.folder / asked.id / "draft.json").write_text("{")
+    assert again.draft(asked.id) == Draft()
+
+
+def test_conversations_are_found_by_words_of_name_text_and_draft(store: ConversationStore) -> None:
+    cat, other = store.save(talk(store)), store.save(store.new())
+    store.rename(other, "Über Hunde")
+    store.keep_draft(other, Draft(text="Dackel"))
+    assert [entry.id for entry in store.entries("CAT this")] == [cat.id]
+    assert [entry.id for entry in store.entries("über dackel")] == [other.id]
+    assert store.entries("cat dackel") == []
+
+
+def test_two_dashboards_lose_nothing_of_each_other(store: ConversationStore) -> None:
+    mine = store.save(talk(store))
+    other = ConversationStore(store.folder)
+    other.save(other.open(mine.id).with_messages(UserMessage(text="there")))
+    with pytest.raises(ConversationChanged, match="by another dashboard"):
+        store.save(mine.with_messages(UserMessage(text="here")))
+    copy = store.fork(mine)
+    assert copy.name == "What is this? (copy)"
+    assert store.image_path(copy.id, copy.messages[0].images[0]).read_bytes() == b"picture"  # type: ignore[union-attr]
+    assert store.open(mine.id).messages[-1] == UserMessage(text="there")
+    store.save(copy)
+
+
+def test_folders_of_others_are_closed_and_files_of_others_refused(store: ConversationStore) -> None:
+    store.folder.mkdir(mode=0o755)
+    conversation = store.save(store.new())
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    other = store.new()
+    (store.folder / f"{other.id}.json").write_bytes((store.folder / f"{conversation.id}.json").read_bytes())
+    with pytest.raises(UsageError, match="another conversation's file"):
+        store.open(other.id)
+
+
+def test_an_earlier_answer_comes_round(store: ConversationStore) -> None:
+    first = talk(store)
+    question = UserMessage(text="Edited?")
+    second = first.asking_instead(question)
+    assert (second.messages, second.others) == ((question,), (first.messages,))
+    assert second.asking_instead(question).others == (
+        first.messages,
+    )  # nothing was answered, nothing is kept
+    third = second.with_messages(AssistantMessage(text="Yes.")).other_answer()
+    assert third.messages == first.messages
+    assert third.other_answer().messages[0] == question
+    assert store.open(store.save(third).id).others == third.others
+
+
+def test_text_of_others_cannot_command_a_terminal() -> None:
+    hostile = "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\r\n\te\x7f\u2028"
+    assert plain(hostile) == "a␛]52;c;eA==␇b\\x9b2Jc\\u202ed\n\te␡\\u2028"
+    assert plain("Grüße 👩‍🔬 日本") == "Grüße 👩‍🔬 日本"
+    assert plainest("rm\u200b -r\u00a0x \U000e0041\n") == "rm\\u200b -r\\xa0x \\U000e0041\n"
+    said = Conversation(id="x", created=0, changed=0, messages=(AssistantMessage(text=hostile),))
+    assert "\x1b" not in as_markdown(said)
+
+
+def test_text_is_split_after_lines_or_characters() -> None:
+    assert split_after("a\nb\nc", 2, 100) == ("a\nb\n", "c")
+    assert split_after("a\nb", 2, 100) == ("a\nb", "")
+    assert split_after("x" * 10, 2, 4) == ("xxxx", "xxxxxx")
+    assert split_after("a\n" + "x" * 10, 5, 4) == ("a\n", "x" * 10)
+    assert split_after("", 2, 4) == ("", "")
+
+
+def test_pictures_that_would_harm_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="is no file"):
+            read_picture(path)
+    Image.new("1", (10_000, 6_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UsageError, match="10000×6000 pixels, more than 50 million"):
+        read_picture(tmp_path / "bomb.png")
+    (tmp_path / "large.png").write_bytes(bytes(21 << 20))
+    with pytest.raises(UsageError, match="larger than 20 MiB"):
+        read_picture(tmp_path / "large.png")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UsageError, match="save it as JPEG or PNG"):
+        read_picture(tmp_path / "phone.heic")
+
+
+def test_a_picture_stands_upright_and_only_its_first_frame_counts(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=turned)
+    upright = read_picture(tmp_path / "turned.jpg")
+    assert (upright.width, upright.height, upright.media_type) == (20, 40, "image/png")
+    frames = [Image.new("P", (8, 8), color) for color in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_picture(tmp_path / "moving.gif").media_type == "image/gif"

@@ -5,11 +5,12 @@ from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from support_engine import FakeEngine, Script, answer, call
 from support_http import live
 
-from mlx_optiq_ext.errors import RequestError, ResourceError
+from mlx_optiq_ext.errors import EngineError, RequestError, ResourceError
 from mlx_optiq_ext.types.chat import Generation, ToolCall, ToolResult
 from mlx_optiq_tui.chat import tools
 from mlx_optiq_tui.chat.conversation import (
@@ -22,8 +23,15 @@ from mlx_optiq_tui.chat.conversation import (
 )
 from mlx_optiq_tui.chat.sandbox.probe import NoSandbox, Sandbox
 from mlx_optiq_tui.chat.tools import Found, ToolBox, shown_arguments
-from mlx_optiq_tui.chat.turn import MAX_ROUNDS, Answering, Decision, Turn
-from mlx_optiq_tui.chat_stream import ChatDelta, ChatUsage, ToolCallPart
+from mlx_optiq_tui.chat.turn import MAX_CALLS, MAX_ROUNDS, Answering, Decision, Turn, settled
+from mlx_optiq_tui.chat_stream import (
+    ChatDelta,
+    ChatUsage,
+    ToolCallPart,
+    chat_deltas,
+    server_events,
+    text_lines,
+)
 from mlx_optiq_tui.client import ServerClient
 
 QUERY = '{"query": "weather"}'
@@ -223,6 +231,7 @@ def test_calls_that_were_not_done_get_an_answer_when_the_person_stops() -> None:
     last = turn.conversation.messages[-1]
     assert isinstance(last, ToolMessage)
     assert (last.call_id, last.outcome) == ("c1", "refused")
+    assert settled(conversation) == turn.conversation  # so it is where a dashboard was killed
 
 
 def test_speed_counts_tokens_after_the_first() -> None:
@@ -278,3 +287,64 @@ def test_the_web_search_asks_ddgs_and_tells_its_errors(monkeypatch: pytest.Monke
     )
     with pytest.raises(ResourceError, match="No results found"):
         asyncio.run(tools.search_web("nothing"))
+
+
+async def chunks(*parts: bytes) -> AsyncGenerator[bytes, None]:
+    for part in parts:
+        yield part
+
+
+def deltas_of(*parts: bytes) -> list[ChatDelta]:
+    async def read() -> list[ChatDelta]:
+        return [each async for each in chat_deltas(server_events(text_lines(chunks(*parts))))]
+
+    return asyncio.run(read())
+
+
+def test_a_stream_has_lines_of_its_own_not_those_of_unicode() -> None:
+    odd = "a\u2028b\u0085c\x0bd"
+    data = (
+        b'data: {"choices":[{"delta":{"content":"'
+        + odd.encode().replace(b"\x0b", b"\\u000b")
+        + b'"}}]}\r\n\r\n'
+    )
+    for cut in range(1, len(data)):
+        read = deltas_of(data[:cut], data[cut:], b"data: [DONE]\n\n")
+        assert [delta.text for delta in read] == [odd]
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b'data: {"choices":[]}\n\n', "broke off"),
+        (b"data: {\n\n", "no chat answer"),
+        (b'data: {"choices":[{"delta":{"content":"\\ud800"}}]}\n\n', "no chat answer"),
+        (b'data: {"choices": 3}\n\n', "no chat answer"),
+    ],
+)
+def test_a_stream_that_is_cut_or_no_answer_is_told(sent: bytes, said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        deltas_of(sent)
+
+
+def test_calls_beyond_the_limits_are_not_done() -> None:
+    calls = [
+        part
+        for number in range(MAX_CALLS + 2)
+        for part in call("web_search", QUERY, id=f"c{number}", index=number)
+    ]
+    person = Person(*["once"] * MAX_CALLS)
+    turn, _ = finish(person, asked("web_search"), answer(*calls, reason="tool_calls"), answer("Sunny."))
+    told = [message for message in turn.conversation.messages if isinstance(message, ToolMessage)]
+    assert [message.outcome for message in told] == ["ran"] * MAX_CALLS + ["failed"] * 2
+    assert "not done" in told[-1].text
+
+
+def test_text_that_is_no_text_can_be_kept_and_sent() -> None:
+    async def odd(query: str) -> tuple[Found, ...]:
+        return (Found(title="half \ud83d", href="https://example.org"),)
+
+    tools = ToolBox(Path("/nowhere"), search=odd, open_sandbox=no_sandbox)
+    told = asyncio.run(tools.run(ToolUse(id="c", name="web_search", arguments=QUERY)))
+    assert msgspec.json.decode(msgspec.json.encode(told), type=ToolMessage) == told
+    assert told.text.startswith("half \\ud83d")

@@ -73,6 +73,7 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is written and not sent."""
 
+    format_version: int = 1
     text: str = ""
     images: tuple[StoredImage, ...] = ()
     is_editing: bool = False

@@ -14,6 +14,7 @@ from mlx_optiq_tui.chat.conversation import ChatSettings, Conversation, Draft, S
 from mlx_optiq_tui.chat.pictures import Picture
 from mlx_optiq_tui.chat.store import ConversationChanged, ConversationStore, data_folder
 from mlx_optiq_tui.chat.tools import ToolBox
+from mlx_optiq_tui.chat.turn import settled
 
 __all__ = ["Desk", "answering_name", "served_model"]
 
@@ -33,7 +34,8 @@ class Desk:
 
     def open(self, conversation: Conversation) -> None:
         """Work on another one; what was allowed in the one before is not allowed here."""
-        self.conversation = conversation
+        # A dashboard that was killed may have left calls without an answer, which no model takes.
+        self.conversation = settled(conversation)
         draft = self.store.draft(conversation.id)
         self.written = draft.text
         """What was written when it was left."""
@@ -110,7 +112,8 @@ class Desk:
 
     def close(self) -> None:
         """Keep nothing more, and remove what the demo kept."""
-        self._is_closed = True
+        # A conversation of one's own may still be written to: an answer that was cut tells so last.
+        self._is_closed = self._borrowed is not None
         if self._borrowed is not None:
             shutil.rmtree(self._borrowed, ignore_errors=True)
 

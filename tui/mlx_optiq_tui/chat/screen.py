@@ -43,7 +43,7 @@ class ChatScreen(Errands):
 Enter sends, Ctrl+J begins a new line, Escape stops the answer. A pasted or dropped path of a picture attaches
 it; Backspace in an empty message removes it again. What is written and not sent is kept.
 
-Ctrl+R asks the last question again, Ctrl+L edits it; F7 goes round the answers that were given.
+Ctrl+R asks the last question again, Ctrl+L edits it; F8 goes round the answers that were given.
 
 Tools run after you allowed them: once, or for as long as this conversation is open. Python and terminal
 commands run in a sandbox without network and see only the conversation's own folder.
@@ -64,7 +64,7 @@ Conversations are kept on this machine, each in a file of its own."""
         ("ctrl+n", "new", "New"),
         ("ctrl+b", "attach", "Picture"),
         ("ctrl+g", "thoughts", "Thoughts"),
-        Binding("f7", "other_answer", "Other answer", show=False),
+        Binding("f8", "other_answer", "Other answer", show=False),
     ]
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ Conversations are kept on this machine, each in a file of its own."""
 
     def _draw_title(self) -> None:
         conversation = self.desk.conversation
-        others = f" · one of {len(conversation.others) + 1} answers (F7)" if conversation.others else ""
+        others = f" · one of {len(conversation.others) + 1} answers (F8)" if conversation.others else ""
         self.query_one("#title", Static).update(plain(conversation.name + others))
 
     def _draw_next(self) -> None:

@@ -21,7 +21,17 @@ from mlx_optiq_tui.chat.tools import TOOLS, ToolBox
 from mlx_optiq_tui.chat.wire import ReadImage, request_body
 from mlx_optiq_tui.chat_stream import ChatDelta, ChatUsage
 
-__all__ = ["MAX_CALLS", "MAX_ROUNDS", "Answering", "Consent", "Decision", "News", "Streams", "Turn"]
+__all__ = [
+    "MAX_CALLS",
+    "MAX_ROUNDS",
+    "Answering",
+    "Consent",
+    "Decision",
+    "News",
+    "Streams",
+    "Turn",
+    "settled",
+]
 
 MAX_ROUNDS = 8
 """Answers that call tools; the next one has to do without."""
@@ -161,16 +171,14 @@ class Turn:
         Returns:
             Whether there was anything to cut.
         """
-        was_answering, unanswered = self.answering is not None, _unanswered(self.conversation)
+        was_answering, before = self.answering is not None, self.conversation
+        self.conversation = settled(before)
         if self.answering is not None:
             message = self.answering.message("stopped")
             if message.text or message.reasoning:
                 self._keep(message)
             self.answering = None
-        for call in unanswered:
-            text = "The user stopped before this call was done."
-            self._keep(ToolMessage(call_id=call.id, name=call.name, text=text, outcome="refused"))
-        return was_answering or bool(unanswered)
+        return was_answering or self.conversation is not before
 
     async def _use(self, call: ToolUse, *, too_many: bool) -> ToolMessage:
         if too_many:
@@ -191,6 +199,15 @@ class Turn:
 
     def _keep(self, message: AssistantMessage | ToolMessage) -> None:
         self.conversation = self.conversation.with_messages(message)
+
+
+def settled(conversation: Conversation) -> Conversation:
+    """With an answer to each call of the last answer that has none; itself where all have one."""
+    for call in _unanswered(conversation):
+        text = "The user stopped before this call was done."
+        told = ToolMessage(call_id=call.id, name=call.name, text=text, outcome="refused")
+        conversation = conversation.with_messages(told)
+    return conversation
 
 
 def _unanswered(conversation: Conversation) -> list[ToolUse]:
