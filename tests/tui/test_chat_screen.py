@@ -504,7 +504,7 @@ def test_drafts_survive_other_screens_conversations_and_the_end(store: Conversat
         assert chat.text == ""
         await pilot.press(*"two", "ctrl+o")
         await until(pilot, lambda: listed(chat) == 2)
-        assert "0 asked  draft" in chat.shown
+        assert "draft  two  0 asked" in chat.shown
         await pilot.press("slash", *"asked")
         await until(pilot, lambda: listed(chat) == 1)
         await pilot.press("enter", "enter")

@@ -1,6 +1,7 @@
 """Conversations on disk, as requests, as Markdown; pictures beside them."""
 
 import base64
+import io
 import os
 import stat
 import sys
@@ -315,6 +316,10 @@ def test_a_picture_stands_upright_and_only_its_first_frame_counts(tmp_path: Path
     Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.jpg", exif=turned)
     upright = read_picture(tmp_path / "turned.jpg")
     assert (upright.width, upright.height, upright.media_type) == (20, 40, "image/png")
+    assert upright.preview == b""
+    Image.new("RGB", (1300, 650)).save(tmp_path / "large.png")
+    preview = Image.open(io.BytesIO(read_picture(tmp_path / "large.png").preview))
+    assert preview.size == (640, 320)
     frames = [Image.new("P", (8, 8), color) for color in range(3)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert read_picture(tmp_path / "moving.gif").media_type == "image/gif"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import msgspec
 
+from mlx_optiq_ext.formats.atomic import write_bytes_atomic
 from mlx_optiq_ext.types.status import EngineStatus, ServedModel
 from mlx_optiq_tui.chat.conversation import ChatSettings, Conversation, Draft, StoredImage, UserMessage, named
 from mlx_optiq_tui.chat.pictures import Picture
+from mlx_optiq_tui.chat.plain import plain
 from mlx_optiq_tui.chat.store import ConversationChanged, ConversationStore, data_folder
 from mlx_optiq_tui.chat.tools import ToolBox
 from mlx_optiq_tui.chat.turn import settled
@@ -52,6 +54,8 @@ class Desk:
         """Send it with the next question."""
         label = f"{picture.label} {picture.width}×{picture.height}"
         image = self.store.keep_image(self.conversation.id, picture.data, picture.media_type, label)
+        if picture.preview:
+            write_bytes_atomic(self._preview(image), picture.preview)
         if image not in self.pictures:
             self.pictures = (*self.pictures, image)
 
@@ -102,8 +106,16 @@ class Desk:
             self.store.keep_draft(self.conversation, draft)
 
     def shown(self, images: tuple[StoredImage, ...]) -> list[tuple[Path, str]]:
-        """Path and label of pictures."""
-        return [(self.store.image_path(self.conversation.id, each), each.label) for each in images]
+        """Path and label of pictures; of large ones, the path of their preview."""
+        found = []
+        for image in images:
+            preview = self._preview(image)
+            path = preview if preview.is_file() else self.store.image_path(self.conversation.id, image)
+            found.append((path, plain(image.label)))
+        return found
+
+    def _preview(self, image: StoredImage) -> Path:
+        return self.store.image_path(self.conversation.id, image).with_suffix(".preview.png")
 
     def read_image(self, image: StoredImage) -> bytes:
         """A picture's bytes; none where somebody removed the file."""

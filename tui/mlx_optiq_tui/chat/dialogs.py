@@ -97,9 +97,7 @@ class ConversationList(ModalScreen[Chosen | None]):
             yield Label("Conversations", id="heading", markup=False)
             yield Field(placeholder="/ searches in names and texts", compact=True)
             yield OptionList()
-            yield Static(
-                "Enter open · / search · r rename · e export as Markdown · d delete · Esc close", markup=False
-            )
+            yield Static("Enter open · / search · r rename · e export · d delete · Esc close", markup=False)
 
     def on_mount(self) -> None:
         """List all."""
@@ -149,7 +147,7 @@ class ConversationList(ModalScreen[Chosen | None]):
 
 def _line(entry: ConversationEntry) -> Text:
     text = Text(time.strftime("%Y-%m-%d %H:%M  ", time.localtime(entry.changed)), "dim", no_wrap=True)
+    text.append("draft  " if entry.has_draft else "", "italic")
     text.append(plain(entry.name))
     text.append(f"  {plain(entry.problem)}" if entry.problem else f"  {entry.turns} asked", "dim")
-    text.append("  draft" if entry.has_draft else "", "italic")
     return text

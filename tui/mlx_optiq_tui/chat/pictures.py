@@ -20,6 +20,7 @@ __all__ = ["Picture", "clipboard_picture", "pasted_path", "read_picture"]
 _TAKEN = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 _MAX_NBYTES = 20 << 20
 _MAX_PIXELS = 50_000_000
+_PREVIEW = 640
 _APPLE = re.compile(r"\.hei[cf]$", re.IGNORECASE)
 _SUFFIX = re.compile(r"\.(png|jpe?g|gif|webp|bmp|tiff?|hei[cf])$", re.IGNORECASE)
 
@@ -32,6 +33,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     height: int
     label: str
+    preview: bytes = b""
+    """A small PNG of a large picture, which a terminal would else decode each time it is drawn."""
 
 
 def read_picture(path: Path) -> Picture:
@@ -106,10 +109,17 @@ def _picture(data: bytes, label: str, where: str) -> Picture:
                 data, kind, (width, height) = _png(upright), "PNG", upright.size
             elif kind not in _TAKEN:
                 data, kind = _png(image), "PNG"
+            preview = b""
+            if width * height > _PREVIEW**2:
+                small = ImageOps.exif_transpose(image)
+                small.thumbnail((_PREVIEW, _PREVIEW))
+                preview = _png(small)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         advice = "; save it as JPEG or PNG" if _APPLE.search(where) else ""
         raise UsageError(f"{where} is no picture that can be read ({error}){advice}") from error
-    return Picture(data=data, media_type=_TAKEN[kind], width=width, height=height, label=label)
+    return Picture(
+        data=data, media_type=_TAKEN[kind], width=width, height=height, label=label, preview=preview
+    )
 
 
 def _png(image: Image.Image) -> bytes:

@@ -188,7 +188,7 @@ Conversations are kept on this machine, each in a file of its own."""
         finally:
             # Also where the answer was stopped, so nothing here waits.
             self._answering = None
-            was_cut = bool(turn.cut()) or bool(problem)
+            was_cut = turn.cut(broke_off=bool(problem)) or bool(problem)
             if isinstance(turn.conversation.messages[-1], UserMessage):
                 composer.text = "\n".join(filter(None, (drafted[0], composer.text)))
                 desk.pictures, desk.is_editing = drafted[1:]

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Literal, Protocol, TypeAlias
 
+import msgspec
+
 from mlx_optiq_tui.chat.conversation import (
     AnswerStats,
     AssistantMessage,
@@ -165,9 +167,11 @@ class Turn:
             if not message.tool_calls:
                 return
 
-    def cut(self) -> bool:
+    def cut(self, *, broke_off: bool = False) -> bool:
         """Keep what had been said when the answer was stopped or broke off; calls get an answer each.
 
+        Args:
+            broke_off: Nobody stopped it.
         Returns:
             Whether there was anything to cut.
         """
@@ -176,7 +180,7 @@ class Turn:
         if self.answering is not None:
             message = self.answering.message("stopped")
             if message.text or message.reasoning:
-                self._keep(message)
+                self._keep(msgspec.structs.replace(message, end="") if broke_off else message)
             self.answering = None
         return was_answering or self.conversation is not before
 
