@@ -179,4 +179,15 @@ class RunningCommand:
         if self.was_stopped:
             return "stopped; the same command goes on from here"
         said = "; ".join(line for line in self.notes[-3:] if line)
+        if code < 0:
+            said = f"ended by {_signal_name(-code)}" + (f" after: {said}" if said else "")
+            hint = "; the system may have been out of memory" if -code == signal.SIGKILL else ""
+            return f"{said}{hint}; the same command goes on from what it saved"
         return said or f"ended with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import compute_bits_per_weight
 
 from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.engine.adapters import ModelAdapters
@@ -23,6 +22,7 @@ from mlx_optiq_ext.engine.memory import CacheSizes
 from mlx_optiq_ext.engine.prompt import Rendered, Renderer
 from mlx_optiq_ext.engine.prompt_size import longest_token, require_tokenizable
 from mlx_optiq_ext.engine.snapshot import forgets
+from mlx_optiq_ext.engine.stored_bits import stored_bpw
 from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, PromptTooLong, RequestError, ResourceError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.build import build_caches, follow_weights
@@ -115,7 +115,7 @@ class Loaded:
         dtype = float_dtype(model, {})
         self.adapters = ModelAdapters(model, weights.sha256, dtype)
         self.cache_key = f"{weights.sha256} {dtype} {msgspec.json.encode(self.kv).decode()}"
-        self._bpw = compute_bits_per_weight(model) if "quantization" in config else None
+        self._bpw = stored_bpw(Path(spec.ref.path), config, model)
 
     @property
     def weights_nbytes(self) -> int:

@@ -14,11 +14,11 @@ from mlx_optiq_tui.finetune.plan import plan_text, samples_text, train_words
 from mlx_optiq_tui.finetune.recorded import recorded_training
 from mlx_optiq_tui.finetune.rows import (
     FORMS_OF,
+    Checks,
     Form,
     Method,
     fields_of,
     form_of,
-    problems_of,
     row_of_fields,
     row_words,
     template,
@@ -41,7 +41,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("method", "form"), [(m, form) for m, forms in FORMS_OF.items() for form in forms])
 def test_every_template_is_usable_and_survives_editing(method: Method, form: Form) -> None:
     row = template(form)
-    assert problems_of([row], method) == {}
+    assert Checks().problems([row], method) == {}
     assert form_of(row) == form
     assert row_of_fields(form, fields_of(row)) == row
     assert "Eiffel" in row_words(row)
@@ -71,12 +71,12 @@ def test_a_conversation_is_text_with_headings_and_back() -> None:
 def test_what_is_wrong_is_said_by_line() -> None:
     good = rows(1)[0]
     bad = {"messages": [{"role": "user", "content": "Hi"}]}
-    assert problems_of([good, bad, {}, good], "sft") == {
+    assert Checks().problems([good, bad, {}, good], "sft") == {
         1: "no message is the assistant's: there is nothing to learn",
         2: "none of the known forms (it has no columns)",
-        3: "repeats line 1",
+        3: "repeats row 1",
     }
-    assert problems_of([good], "dpo") == {0: "no chosen and no rejected"}
+    assert Checks().problems([good], "dpo") == {0: "no chosen and no rejected"}
 
 
 def test_files_are_imported_with_the_lines_that_are_no_rows(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_rows_are_split_by_seed_and_saved_and_read_again(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    with pytest.raises(UsageError, match="line 2: none of the known forms"):
+    with pytest.raises(UsageError, match="row 2: none of the known forms"):
         split_rows([*rows(1), {}], "sft", valid_share=0.1, test_share=0, seed=0)
     with pytest.raises(UsageError, match="no rows"):
         split_rows([], "sft", valid_share=0.1, test_share=0, seed=0)

@@ -14,7 +14,7 @@ from support_http import live
 from support_models import save_model_folder, tiny_model
 from support_serving import engine_on, spec_of, tiny_folder
 from support_training import CHAT_TEMPLATE
-from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, until
+from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, screen_text, until
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Static, TextArea
 
@@ -25,14 +25,24 @@ from mlx_optiq_ext.types.serve import ServeOptions
 from mlx_optiq_ext.types.status import AdapterStatus
 from mlx_optiq_tui.app import LabApp
 from mlx_optiq_tui.finetune.data_pane import DataPane
+from mlx_optiq_tui.finetune.draft import draft_file
+from mlx_optiq_tui.finetune.problem_list import ProblemList
 from mlx_optiq_tui.finetune.row_editor import RowEditor
 from mlx_optiq_tui.finetune.screen import FinetuneScreen
 from mlx_optiq_tui.finetune.train_pane import TrainPane
 from mlx_optiq_tui.widgets.option_form import OptionForm
+from mlx_optiq_tui.widgets.text_page import TextPage
 from mlx_optiq_tui.widgets.top_bar import TopBar
 
 NOBODY = "http://127.0.0.1:9"
 ROWS = [{"prompt": f"What is {index} + 1?", "completion": f"It is {index + 1}."} for index in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the draft of a data set is kept."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
@@ -175,7 +185,12 @@ def test_rows_are_added_edited_checked_and_deleted() -> None:
         assert screen.query_one(DataTable).get_row_at(0)[:3] == ["1", "chat", "✓"]
         data.rows.append({})
         data.draw(1)
-        assert "line 2: none of the known forms" in text_of(screen, "#problems")
+        await until(pilot, lambda: "row 2: none of the known forms" in text_of(screen, "#problems"))
+        await pilot.press("w")
+        await until(pilot, lambda: isinstance(app.screen, ProblemList))
+        await pilot.press("enter")
+        await until(pilot, lambda: app.screen is screen)
+        assert data.here == 1
         await pilot.press("g")  # Refused: a row is unusable.
         await pilot.press("delete")
         assert len(data.rows) == 1
@@ -183,24 +198,77 @@ def test_rows_are_added_edited_checked_and_deleted() -> None:
         await pilot.press("enter", "down", "enter")
         await until(pilot, lambda: data.method == "dpo")
         assert "no chosen" in text_of(screen, "#problems")
+        await pilot.press("escape", "n")
+        await until(pilot, lambda: isinstance(app.screen, RowEditor))
+        await pilot.press("escape")  # The template goes with the editor.
+        await until(pilot, lambda: app.screen is screen)
+        assert len(data.rows) == 1
 
     piloted(lab_at(NOBODY, "finetune"), script)
 
 
-def test_a_long_list_is_cut_and_its_last_row_is_edited_all_the_same() -> None:
+def test_a_long_list_is_shown_in_pages_and_each_of_its_rows_can_be_reached(folder: Path) -> None:
+    many = [{"text": f"number {index}"} for index in range(4500)] + [{"text": "[/] [/b] number 1"}, {}]
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many) + "no row\n")
+
     async def script(pilot: Pilot[Any], app: LabApp) -> None:
         screen = screen_of(app)
-        data = screen.query_one(DataPane)
-        data.rows += [{"text": f"number {index}"} for index in range(2000)]
-        data.draw()
+        data, table = screen.query_one(DataPane), screen.query_one(DataTable)
+        await pilot.press("i")
+        await until(pilot, lambda: screen.focused is screen.query_one("#path"))
+        screen.query_one("#path", Input).value = "many.jsonl"
+        await pilot.press("enter")
+        await until(pilot, lambda: len(data.rows) == 4502)
+        assert "4,502 rows, 1 to mend, 1 line not taken; w lists them; 1 to 2,000" in text_of(
+            screen, "#problems"
+        )
+        assert table.row_count == 2000
+        await pilot.press("]", "]", "]", "ctrl+end")
+        assert data.here == 4501
+        assert table.row_count == 502
+        await until(pilot, lambda: "row 4,502: " in text_of(screen, "#problems"))
+        await pilot.press("delete", "[")
+        assert data.here == 2000
+        assert len(data.rows) == 4501
+
+    piloted(lab_at(NOBODY, "finetune"), script)
+
+
+def test_what_was_not_saved_is_there_again(folder: Path) -> None:
+    async def write(pilot: Pilot[Any], app: LabApp) -> None:
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.screen, RowEditor))
-        app.screen.query_one(TextArea).text = "## user\nHi\n## assistant\nHello"
-        await pilot.press("f10")
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: isinstance(app.screen, FinetuneScreen))
+
+    async def save(pilot: Pilot[Any], app: LabApp) -> None:
+        data = screen_of(app).query_one(DataPane)
+        assert [row["messages"][1]["content"] for row in data.rows] == ["Where is the Eiffel Tower?"]
+        await pilot.press("g")
+        await until(pilot, lambda: not draft_file().exists())
+
+    async def look(pilot: Pilot[Any], app: LabApp) -> None:
+        assert screen_of(app).query_one(DataPane).rows == []
+
+    for script in (write, save, look):
+        piloted(lab_at(NOBODY, "finetune"), script)
+    assert (folder / "data" / "train.jsonl").is_file()
+
+
+def test_a_row_is_shown_as_the_model_reads_it_and_the_plan_stays(folder: Path) -> None:
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        screen.query_one(TrainPane).fill("base", "tiny")
+        await pilot.press("n")
+        await until(pilot, lambda: isinstance(app.screen, RowEditor))
+        await pilot.press("ctrl+s")
         await until(pilot, lambda: app.screen is screen)
-        assert data.rows[2000]["messages"][0]["content"] == "Hi"
-        assert screen.query_one(DataTable).row_count == 2000
-        assert "2001 rows, nothing wrong; the first 2000 are listed" in text_of(screen, "#problems")
+        await pilot.press("y")
+        await until(pilot, lambda: isinstance(app.screen, TextPage))
+        await until(pilot, lambda: "<assistant>" in screen_text(app))
+        assert screen.query_one(TrainPane).planned is None
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is screen)
 
     piloted(lab_at(NOBODY, "finetune"), script)
 
@@ -212,7 +280,7 @@ def test_an_import_that_fails_is_said(folder: Path) -> None:
         await until(pilot, lambda: screen.focused is screen.query_one("#path"))
         screen.query_one("#path", Input).value = "nothing.jsonl"
         await pilot.press("enter")
-        await until(pilot, lambda: any("cannot be read" in note.message for note in app._notifications))
+        await until(pilot, lambda: any("no such file" in note.message for note in app._notifications))
 
     piloted(lab_at(NOBODY, "finetune"), script)
 

@@ -1,14 +1,19 @@
 """Models in memory: opened when named, within a budget; prefixes that survive; families that forget."""
 
+import json
 import queue
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import get_total_parameters
 from support_families import save_family
+from support_models import read_json, save_model_folder, tiny_model
 from support_serving import Asked, ask, engine_on, greedy, spec_of, text_of, tiny_folder
 
 import mlx_optiq_ext
@@ -217,6 +222,21 @@ def test_models_can_be_loaded_and_unloaded_by_name(folder: Path) -> None:
             engine.load("other")
         with pytest.raises(UnknownName, match="no model"):
             engine.unload("../tiny")
+    finally:
+        engine.close()
+
+
+def test_stored_bits_are_those_of_the_files_whatever_is_computed_in(tmp_path: Path) -> None:
+    model = tiny_model()  # bf16: computed in float32 on a CPU, with scales twice as wide
+    nn.quantize(model, group_size=64, bits=4)
+    folder = save_model_folder(tmp_path / "q", model)
+    config = {**read_json(folder / "config.json"), "quantization": {"group_size": 64, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    engine = engine_on(spec_of(folder))
+    try:
+        stored = 8 * sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        [served] = engine.status().models
+        assert served.bpw == pytest.approx(stored / get_total_parameters(model))
     finally:
         engine.close()
 

@@ -46,6 +46,21 @@ def test_a_failure_carries_the_commands_own_words_and_code(tmp_path: Path) -> No
     assert not command.is_running
 
 
+def test_a_command_that_is_killed_says_by_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("mlx_optiq_integrations.command.sys.executable", str(program))
+
+    async def run() -> None:
+        command = RunningCommand(("convert",))
+        await command.start()
+        with pytest.raises(CommandFailed, match="ended by SIGKILL; the system may have been out of memory"):
+            await command.wait()
+
+    asyncio.run(run())
+
+
 def test_lines_are_told_apart() -> None:
     step = {"stage": "train", "done": 3, "total": 9, "seconds_left": None, "values": {"loss": 1.5}, "new": 1}
     command = _followed(

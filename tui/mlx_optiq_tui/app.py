@@ -17,6 +17,7 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
 from textual.message import Message
+from textual.notifications import SeverityLevel
 from textual.reactive import reactive
 from textual.screen import Screen
 from textual.signal import Signal
@@ -131,6 +132,18 @@ class LabApp(App[None]):
         """Textual's own, and none of what comes from elsewhere steers the terminal."""
         return (*super().get_line_filters(), self._control_filter)
 
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,  # noqa: ARG002 - never: errors quote what was read
+    ) -> None:
+        """Show a message as it is."""
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=False)
+
     @property
     def inks(self) -> Inks:
         """For pictures made of text."""
@@ -142,7 +155,8 @@ class LabApp(App[None]):
         return (
             f"{self.connection.words(self.client.url)}\n\n"
             "Start a server in another terminal:\n\noptiq serve --model FOLDER_OR_HUB_ID\n\n"
-            "or look around with recorded data: optiq tui --demo"
+            "or look around with recorded data: optiq tui --demo\n\n"
+            "Quantize (4) and Fine-tune (5) need no server."
         )
 
     def watch_connection(self, connection: Connection) -> None:

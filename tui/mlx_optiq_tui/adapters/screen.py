@@ -18,7 +18,8 @@ from mlx_optiq_tui.adapters.compare import ComparePanel
 from mlx_optiq_tui.adapters.mount_form import MountForm, Mounting
 from mlx_optiq_tui.lab_screen import LabScreen
 from mlx_optiq_tui.question import Question
-from mlx_optiq_tui.widgets.rank_map import rank_by_bits_map, rank_difference_map, rank_map
+from mlx_optiq_tui.widgets.plain_table import PlainTable
+from mlx_optiq_tui.widgets.rank_map import rank_by_bits_map, rank_difference_map, rank_map, rank_words
 
 __all__ = ["AdaptersScreen"]
 
@@ -82,7 +83,7 @@ Mounting and unmounting disturb no answer that is running."""
         """Two tabs."""
         with TabbedContent(initial="list"):
             with TabPane("Adapters", id="list"):
-                yield DataTable[str](id="table", cursor_type="row", classes="live")
+                yield PlainTable(id="table", cursor_type="row", classes="live")
                 with VerticalScroll(id="ranks", classes="live"):
                     yield Static(_NOTHING, id="map", markup=False)
             with TabPane("Compare", id="compare"):
@@ -252,7 +253,7 @@ def _cells(adapter: AdapterStatus) -> tuple[str, ...]:
         adapter.name,
         adapter.model,
         adapter.source,
-        str(adapter.rank),
+        rank_words(adapter),
         format_nbytes(adapter.nbytes),
         _FITS[adapter.fits_base],
         str(adapter.requests),

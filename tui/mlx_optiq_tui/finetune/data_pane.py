@@ -4,6 +4,7 @@ Holds the rows; reads and writes files in threads.
 """
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 from textual import on, work
@@ -13,16 +14,22 @@ from textual.message import Message
 from textual.widgets import Button, DataTable, Input, Label, Select, Static
 
 from mlx_optiq_ext.errors import OptiqError, UsageError
+from mlx_optiq_tui.finetune.data_words import count_words, lines_words, summary_words
+from mlx_optiq_tui.finetune.draft import forget_draft, keep_draft, read_draft
 from mlx_optiq_tui.finetune.imports import Imported, import_rows
+from mlx_optiq_tui.finetune.problem_list import ProblemList
 from mlx_optiq_tui.finetune.row_editor import RowEditor
-from mlx_optiq_tui.finetune.rows import FORMS_OF, Method, Row, form_of, problems_of, row_words, template
+from mlx_optiq_tui.finetune.rows import FORMS_OF, Checks, Method, Row, form_of, row_words, template
 from mlx_optiq_tui.finetune.splits import Split, save_split, split_rows
+from mlx_optiq_tui.lab import lab_of
+from mlx_optiq_tui.question import Question
+from mlx_optiq_tui.widgets.plain_table import PlainTable
 
 __all__ = ["DataPane"]
 
-_SHOWN_PROBLEMS = 2
 _SHOWN_ROWS = 2000
-"""Listed; those behind are checked and saved all the same."""
+"""Listed at a time; the others are a page away."""
+_DRAFT_AFTER_S = 1.0
 
 
 class DataPane(Vertical):
@@ -49,16 +56,17 @@ class DataPane(Vertical):
             self.folder = folder
             self.method = method
 
-    class _Read(Message):
-        def __init__(self, file: str, imported: Imported) -> None:
-            super().__init__()
-            self.file = file
-            self.imported = imported
-
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[Row] = []
-        self._said: tuple[str, ...] = ()
+        self.method: Method = "sft"
+        """By whose rules rows are read."""
+        self._checks = Checks()
+        self._problems: dict[int, str] = {}
+        self._not_taken: tuple[str, ...] = ()
+        self._listed = range(0)
+        """Indices of the rows that are shown."""
+        self._is_dirty = False
 
     def compose(self) -> ComposeResult:
         """Where rows come from, the rows, where they go."""
@@ -73,7 +81,7 @@ class DataPane(Vertical):
         with Horizontal():
             yield Label("Import")
             yield Input(placeholder="JSONL, CSV or Markdown file, or a folder", id="path", compact=True)
-        yield DataTable(id="rows", cursor_type="row")
+        yield PlainTable(id="rows", cursor_type="row")
         yield Static(id="problems", markup=False)
         with Horizontal():
             yield Label("Folder")
@@ -85,24 +93,31 @@ class DataPane(Vertical):
             yield Button("Save (g)", id="save", variant="primary", compact=True)
 
     def on_mount(self) -> None:
-        """Columns."""
+        """Columns, and what was not saved last time."""
         self.query_one(DataTable).add_columns("line", "form", "", "row")
+        draft = None if lab_of(self).is_demo else read_draft()
+        if draft is not None and draft.rows:
+            self.method = draft.method
+            self.query_one("#method", Select).value = draft.method
+            self.rows += draft.rows
+            self.app.notify(f"{count_words(len(draft.rows))} not saved last time: g saves, c clears")
         self.draw()
 
-    @property
-    def method(self) -> Method:
-        """By whose rules rows are read."""
-        return "dpo" if self.query_one("#method", Select).value == "dpo" else "sft"
+    def on_unmount(self) -> None:
+        """Keep what was not saved."""
+        if self._is_dirty:
+            self._keep()
 
     @property
     def here(self) -> int | None:
         """Index of the row under the cursor."""
-        table = self.query_one(DataTable)
-        return table.cursor_row if self.rows and table.cursor_row < len(self.rows) else None
+        place = self._listed.start + self.query_one(DataTable).cursor_row
+        return place if place < len(self.rows) else None
 
     @on(Select.Changed, "#method")
     def _method_changed(self, event: Select.Changed) -> None:
         event.stop()
+        self.method = "dpo" if event.value == "dpo" else "sft"
         forms = self.query_one("#form", Select)
         forms.set_options(_choices(self.method))
         forms.value = FORMS_OF[self.method][0]
@@ -121,6 +136,11 @@ class DataPane(Vertical):
         event.stop()
         self.edit(self.here)
 
+    @on(DataTable.RowHighlighted)
+    def _row_highlighted(self, event: DataTable.RowHighlighted) -> None:
+        event.stop()
+        self._say()
+
     @on(Input.Submitted, "#path")
     def _path_given(self, event: Input.Submitted) -> None:
         event.stop()
@@ -130,23 +150,20 @@ class DataPane(Vertical):
         """Add a row from the template of the form that is chosen, and edit it."""
         forms = FORMS_OF[self.method]
         form = next((each for each in forms if each == self.query_one("#form", Select).value), forms[0])
-        self.rows.append(template(form))
-        self.draw(len(self.rows) - 1)
-        self.edit(len(self.rows) - 1)
+        self._change([*self.rows, template(form)], len(self.rows))
+        self.edit(len(self.rows) - 1, is_new=True)
 
-    def edit(self, place: int | None) -> None:
-        """Edit a row.
-
-        Args:
-            place: Its index; None edits nothing.
-        """
+    def edit(self, place: int | None, *, is_new: bool = False) -> None:
+        """Edit the row of index ``place``; a new one goes again where the editor is left."""
         if place is None:
             return
 
         def keep(row: Row | None) -> None:
+            before, after = self.rows[:place], self.rows[place + 1 :]
             if row is not None:
-                self.rows[place] = row
-                self.draw(place)
+                self._change([*before, row, *after], place)
+            elif is_new:
+                self._change([*before, *after], place - 1)
 
         self.app.push_screen(RowEditor(self.rows[place], self.method), keep)
 
@@ -154,24 +171,74 @@ class DataPane(Vertical):
         """Delete the row under the cursor."""
         place = self.here
         if place is not None:
-            del self.rows[place]
-            self.draw(min(place, len(self.rows) - 1))
+            self._change([*self.rows[:place], *self.rows[place + 1 :]], min(place, len(self.rows) - 2))
+
+    def clear(self) -> None:
+        """Give all rows up, after asking."""
+
+        def answered(agreed: bool | None) -> None:
+            if agreed:
+                self._not_taken = ()
+                self._change([], None)
+
+        if self.rows or self._not_taken:
+            self.app.push_screen(
+                Question(f"Clear {count_words(len(self.rows))}? Files stay as they are.", yes="Clear"),
+                answered,
+            )
+
+    def page(self, step: int) -> None:
+        """List the rows behind, or before."""
+        place = self._listed.start + step * _SHOWN_ROWS
+        if 0 <= place < len(self.rows):
+            self.draw(place)
+
+    def list_problems(self) -> None:
+        """Show all that is wrong, to choose the row from."""
+        if self._problems or self._not_taken:
+            self.app.push_screen(ProblemList(self._problems, self._not_taken), self._go_to)
+
+    def _go_to(self, place: int | None) -> None:
+        if place is not None:
+            self.draw(place)
+
+    def _change(self, rows: list[Row], cursor: int | None) -> None:
+        """Hold other rows, and keep them as a draft."""
+        self.rows = rows
+        self._is_dirty = not lab_of(self).is_demo
+        self.draw(cursor)
+        if self._is_dirty:
+            self._keep_soon()
+
+    @work(exclusive=True, group="draft")
+    async def _keep_soon(self) -> None:
+        await asyncio.sleep(_DRAFT_AFTER_S)
+        await asyncio.to_thread(self._keep)
+
+    def _keep(self) -> None:
+        # A disk that is full or read-only keeps no draft; saving says so.
+        with contextlib.suppress(OSError):
+            keep_draft(self.method, self.rows)
+            self._is_dirty = False
 
     @work(exclusive=True)
     async def _read(self, path: Path) -> None:
         try:
-            self.post_message(self._Read(path.name, await asyncio.to_thread(import_rows, path)))
+            imported = await asyncio.to_thread(import_rows, path)
         except OptiqError as error:
             self.app.notify(str(error), severity="error")
+            return
+        # Looked at here already, for that takes long where there are many.
+        await asyncio.to_thread(self._checks.problems, imported.rows, self.method)
+        self._take(path.name, imported)
 
-    def on_data_pane__read(self, message: _Read) -> None:
-        """Take what a file held."""
-        found = message.imported
-        self.rows += found.rows
-        self._said = found.problems
-        self.app.notify(f"{len(found.rows)} rows from {message.file}")
-        self.draw()
-        self.query_one(DataTable).focus()
+    def _take(self, file: str, found: Imported) -> None:
+        self._not_taken = found.problems
+        said = f"{count_words(len(found.rows))} from {file}"
+        if found.problems:
+            said += f", {lines_words(len(found.problems))} not taken (w)"
+        self.app.notify(said, severity="information" if found.rows and not found.problems else "warning")
+        self._change([*self.rows, *found.rows], len(self.rows))
 
     def save(self) -> None:
         """Split by seed and write."""
@@ -198,36 +265,31 @@ class DataPane(Vertical):
         except (OptiqError, OSError) as error:
             self.app.notify(str(error), severity="error")
             return
+        self.workers.cancel_group(self, "draft")
+        self._is_dirty = False
+        await asyncio.to_thread(forget_draft)
         self.app.notify(f"{split.words} in {folder}")
         self.post_message(self.Saved(str(folder), self.method))
 
     def draw(self, cursor: int | None = None) -> None:
-        """Show the rows, each with what is wrong.
-
-        Args:
-            cursor: Index of the row to point at.
-        """
+        """Show the rows, each with a sign whether it can be used; point at the one of index ``cursor``."""
         table = self.query_one(DataTable)
-        problems = problems_of(self.rows, self.method)
+        self._problems = problems = self._checks.problems(self.rows, self.method)
+        place = min(max(cursor or 0, 0), max(len(self.rows) - 1, 0))
+        first = place // _SHOWN_ROWS * _SHOWN_ROWS
+        self._listed = range(first, min(first + _SHOWN_ROWS, len(self.rows)))
         table.clear()
-        for index, row in enumerate(self.rows[:_SHOWN_ROWS]):
-            table.add_row(str(index + 1), form_of(row), "✕" if index in problems else "✓", row_words(row))
+        for index in self._listed:
+            row = self.rows[index]
+            table.add_row(f"{index + 1:,}", form_of(row), "✕" if index in problems else "✓", row_words(row))
         if cursor is not None and self.rows:
-            table.move_cursor(row=min(max(cursor, 0), _SHOWN_ROWS - 1))
+            table.move_cursor(row=place - first)
             table.focus()
-        said = [f"line {index + 1}: {problem}" for index, problem in problems.items()] + list(self._said)
-        more = [f"and {len(said) - _SHOWN_PROBLEMS} more"] if len(said) > _SHOWN_PROBLEMS else []
-        words = (
-            "\n".join([*said[:_SHOWN_PROBLEMS], *more])
-            or f"{len(self.rows)} rows, nothing wrong{_unlisted(len(self.rows))}"
-        )
-        self.query_one("#problems", Static).update(
-            words if self.rows or said else "no rows yet: add one from a template (n), or import a file (i)"
-        )
+        self._say()
 
-
-def _unlisted(count: int) -> str:
-    return f"; the first {_SHOWN_ROWS} are listed" if count > _SHOWN_ROWS else ""
+    def _say(self) -> None:
+        words = summary_words(len(self.rows), self._problems, self._not_taken, self._listed, self.here)
+        self.query_one("#problems", Static).update(words)
 
 
 def _choices(method: Method) -> list[tuple[str, str]]:

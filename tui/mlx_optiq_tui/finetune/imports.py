@@ -52,14 +52,19 @@ def import_rows(path: Path) -> Imported:
             problems=tuple(problem for each in found for problem in each.problems),
         )
     suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".csv", ".tsv", ".md", ".markdown"):
+        raise UsageError(f"{path.name}: only JSONL, CSV, TSV and Markdown files can be imported")
+    if not path.is_file():
+        raise UsageError(f"{path} cannot be read: there is no such file")
     if suffix == ".jsonl":
         return _import_jsonl(path)
-    if suffix not in (".csv", ".tsv", ".md", ".markdown"):
-        raise UsageError(f"{path.name}: only JSONL, CSV, TSV and Markdown files can be imported")
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        why = f"it is not UTF-8 (byte {error.start}); save it as UTF-8"
+        raise UsageError(f"{path} cannot be read: {why}") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     return _import_markdown(text) if suffix.startswith(".m") else _import_table(path.name, text, suffix)
 
 

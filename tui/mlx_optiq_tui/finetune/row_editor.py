@@ -66,7 +66,7 @@ class RowEditor(ModalScreen[Row | None]):
             problem = found if isinstance(found, str) else ""
         except UsageError as error:
             problem = str(error)
-        keys = "Ctrl+S or F10 keeps it, Escape leaves it as it was"
+        keys = "Ctrl+S or F10 keeps it, Escape gives up what was changed"
         self.query_one("#wrong", Static).update(f"✕ {problem}\n{keys}" if problem else f"✓ usable\n{keys}")
 
     def action_keep(self) -> None:

@@ -15,13 +15,13 @@ from mlx_optiq_tui.finetune.turns import is_plain, text_of_turns, turns_of_text
 
 __all__ = [
     "FORMS_OF",
+    "Checks",
     "Form",
     "Method",
     "Row",
     "example_of",
     "fields_of",
     "form_of",
-    "problems_of",
     "row_of_fields",
     "row_words",
     "template",
@@ -110,19 +110,40 @@ def example_of(row: Row, method: Method, where: str) -> Example | str:
     return parse_sft(row, where) if method == "sft" else parse_preference(row, where)
 
 
-def problems_of(rows: Sequence[Row], method: Method) -> dict[int, str]:
-    """What is wrong, by index: rows that cannot be used, and rows that repeat an earlier one."""
-    problems: dict[int, str] = {}
-    first: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        example = example_of(row, method, "")
-        if isinstance(example, str):
-            problems[index] = example
-            continue
-        before = first.setdefault(content_hash(example), index)
-        if before != index:
-            problems[index] = f"repeats line {before + 1}"
-    return problems
+class Checks:
+    """What is wrong with rows; each row is looked at once, however often the list is drawn."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, Method], tuple[Row, str, bool]] = {}
+        """By identity: the row, held so that it stays its own, and its hash or what is wrong with it."""
+
+    def problems(self, rows: Sequence[Row], method: Method) -> dict[int, str]:
+        """What is wrong, by index: rows that cannot be used, and rows that repeat an earlier one.
+
+        Args:
+            rows: Changed by being replaced, never within.
+            method: By whose rules.
+        """
+        problems: dict[int, str] = {}
+        first: dict[str, int] = {}
+        for index, row in enumerate(rows):
+            found, is_usable = self._look(row, method)
+            if not is_usable:
+                problems[index] = found
+                continue
+            before = first.setdefault(found, index)
+            if before != index:
+                problems[index] = f"repeats row {before + 1}"
+        return problems
+
+    def _look(self, row: Row, method: Method) -> tuple[str, bool]:
+        known = self._known.get((id(row), method))
+        if known is None:
+            example = example_of(row, method, "")
+            is_usable = not isinstance(example, str)
+            found = example if isinstance(example, str) else content_hash(example)
+            known = self._known[id(row), method] = (row, found, is_usable)
+        return known[1], known[2]
 
 
 def row_words(row: Row, width: int = 60) -> str:

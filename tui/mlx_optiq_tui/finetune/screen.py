@@ -19,7 +19,7 @@ from mlx_optiq_ext.hub.adapters import is_hub_id
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.finetune.course import Course
 from mlx_optiq_tui.finetune.data_pane import DataPane
-from mlx_optiq_tui.finetune.plan import Planned, train_words
+from mlx_optiq_tui.finetune.plan import Planned, samples_text, train_words
 from mlx_optiq_tui.finetune.recorded import recorded_training
 from mlx_optiq_tui.finetune.rows import FORMS_OF, template
 from mlx_optiq_tui.finetune.run_pane import RunPane
@@ -29,6 +29,8 @@ from mlx_optiq_tui.jobs import Job
 from mlx_optiq_tui.lab_screen import LabScreen
 from mlx_optiq_tui.widgets.job_panel import JobPanel
 from mlx_optiq_tui.widgets.option_form import OptionForm
+from mlx_optiq_tui.widgets.rank_map import rank_words
+from mlx_optiq_tui.widgets.text_page import TextPage
 
 __all__ = ["FinetuneScreen"]
 
@@ -38,8 +40,9 @@ class FinetuneScreen(LabScreen):
 
     HELP_TEXT = """# Fine-tune
 
-1. **Data**: `n` adds a row from a template, Enter edits, Delete deletes; a path and Enter import a file. Each
-   row is checked by the rules of training. `y` shows it as the model reads it; `g` splits by seed and saves.
+1. **Data**: `n` adds a row from a template, Enter edits, Delete deletes; `i`, a path and Enter import a file.
+   Each row is checked by the rules of training; `w` lists what is wrong. `y` shows a row as the model reads
+   it; `g` splits by seed and saves, `c` clears. What is not saved is there again next time.
 2. **Train**: base, data, output and options. `k` checks without training: counts, ranks, the first examples.
    `s` trains; stopped with `x`, the same key goes on.
 3. **Run**: losses as they come. `u` mounts the adapter into the running server, whose `--adapters-dir` must
@@ -58,6 +61,10 @@ Long work goes on when this screen is left."""
         ("n", "add", "New row"),
         Binding("i", "import", "Import", show=False),
         Binding("delete,backspace", "delete", "Delete row", show=False),
+        Binding("w", "problems", "What is wrong", show=False),
+        Binding("c", "clear", "Clear rows", show=False),
+        Binding("left_square_bracket", "page(-1)", "Rows before", show=False, key_display="["),
+        Binding("right_square_bracket", "page(1)", "Rows behind", show=False, key_display="]"),
         Binding("y", "preview", "As read"),
         ("g", "save", "Save data"),
         ("k", "start('check')", "Check"),
@@ -145,14 +152,14 @@ Long work goes on when this screen is left."""
         folder = Path(self._scratch.name)
         save_split(folder, Split(train=(data.rows[place],)))
         method = () if data.method == "sft" else ("--method", "dpo")
-        await self._start("check", str(folder), str(folder / "adapter"), flags=method)
+        await self._start("preview", str(folder), str(folder / "adapter"), flags=method)
 
     async def _start(self, step: str, data: str, out: str, flags: tuple[str, ...] | None = None) -> None:
         pane = self.query_one(TrainPane)
         base = pane.field("base")
         try:
             words = train_words(
-                base, data, out, pane.flags if flags is None else flags, dry_run=step == "check"
+                base, data, out, pane.flags if flags is None else flags, dry_run=step != "train"
             )
         except UsageError as error:
             self._refuse(str(error))
@@ -167,7 +174,8 @@ Long work goes on when this screen is left."""
             self.course = Course()
         job = await self.lab.jobs.start(f"{step.capitalize()} {Path(base).name}", words)
         self._steps[job.number] = step
-        self.query_one(TabbedContent).active = "run-tab" if step == "train" else "train-tab"
+        if step != "preview":
+            self.query_one(TabbedContent).active = "run-tab" if step == "train" else "train-tab"
         self.job_changed(job)
 
     def job_changed(self, job: Job) -> None:
@@ -181,6 +189,11 @@ Long work goes on when this screen is left."""
             self.query_one(RunPane).show(self.course)
         elif step == "check" and job.state == "finished":
             self.query_one(TrainPane).show(msgspec.convert(job.result, Planned))
+        elif step == "preview" and job.state == "finished":
+            planned = msgspec.convert(job.result, Planned)
+            self.app.push_screen(
+                TextPage("The row as the model reads it", samples_text(planned.preview.samples))
+            )
 
     def action_stop(self) -> None:
         """Stop our job; it saves what it can go on from."""
@@ -201,9 +214,10 @@ Long work goes on when this screen is left."""
         try:
             adapter = await self.lab.client.mount(folder.name, str(folder))
         except OptiqError as error:
-            self.notify(str(error), severity="error")
+            hint = f"\nA server of this machine takes it with --adapters-dir {folder.parent}"
+            self.notify(f"{error}{hint if '--adapters-dir' in str(error) else ''}", severity="error")
             return
-        self.notify(f"{adapter.name} is mounted: rank {adapter.rank}")
+        self.notify(f"{adapter.name} is mounted: rank {rank_words(adapter)}")
 
     def action_folder(self) -> None:
         """Open the adapter's folder with the system's own program."""
@@ -218,7 +232,8 @@ Long work goes on when this screen is left."""
         """Open a pane and give it the focus."""
         self.set_focus(None)
         self.query_one(TabbedContent).active = name
-        target = {"data-tab": "#rows", "train-tab": "#base", "run-tab": "#stop"}[name]
+        # No text field: the next key would be typed into it.
+        target = {"data-tab": "#rows", "train-tab": "#check", "run-tab": "#stop"}[name]
         self.call_after_refresh(self.query_one(target).focus)
 
     def action_add(self) -> None:
@@ -235,6 +250,19 @@ Long work goes on when this screen is left."""
         """Delete the row under the cursor."""
         if self.query_one(TabbedContent).active == "data-tab":
             self.query_one(DataPane).delete()
+
+    def action_problems(self) -> None:
+        """List what is wrong with the rows."""
+        self.query_one(DataPane).list_problems()
+
+    def action_clear(self) -> None:
+        """Give the rows up."""
+        if self.query_one(TabbedContent).active == "data-tab":
+            self.query_one(DataPane).clear()
+
+    def action_page(self, step: int) -> None:
+        """List other rows."""
+        self.query_one(DataPane).page(step)
 
     def action_save(self) -> None:
         """Split the rows and save them."""

@@ -49,7 +49,7 @@ def split_rows(
     for index, row in enumerate(rows):
         example = example_of(row, method, str(index))
         if isinstance(example, str):
-            raise UsageError(f"line {index + 1}: {example}")
+            raise UsageError(f"row {index + 1}: {example}")
         examples.append(example)
     if not examples:
         raise UsageError("there are no rows; add one (n) or import a file (i)")

@@ -95,12 +95,21 @@ class TrainPane(VerticalScroll):
         self.planned = planned
         self._draw()
 
+    @on(Input.Changed, "#base, #data")
+    def _changed(self) -> None:
+        """What was planned was of another base, or of other data."""
+        self.planned = None
+        self._draw()
+
     def on_resize(self) -> None:
         """Draw for the new width."""
         self.call_after_refresh(self._draw)
 
     def _draw(self) -> None:
-        if self.planned is not None:
+        if self.planned is None:
+            self.query_one("#plan", Static).update("")
+            self.query_one("#samples", Static).update("")
+        else:
             width = max(self.content_size.width - 2, 40)
             self.query_one("#plan", Static).update(plan_text(self.planned, width))
             self.query_one("#samples", Static).update(samples_text(self.planned.preview.samples))

@@ -22,6 +22,7 @@ from mlx_optiq_tui.monitor.pictures import (
     speed_picture,
     totals_picture,
 )
+from mlx_optiq_tui.widgets.plain_table import PlainTable
 
 __all__ = ["MonitorScreen"]
 
@@ -97,7 +98,7 @@ In a small terminal `r`, `k` and `l` choose the panel; else they take the focus 
             yield Static(id="memory", markup=False)
             yield Static(id="totals", markup=False)
         with Container(id="panels", classes="live"):
-            rows: DataTable[str] = DataTable(id="rows", classes="-front", cursor_type="row")
+            rows = PlainTable(id="rows", classes="-front", cursor_type="row")
             rows.border_title = "Requests"
             yield rows
             caches = Static(id="caches", markup=False)

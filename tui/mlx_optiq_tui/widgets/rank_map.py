@@ -7,8 +7,9 @@ from rich.style import Style
 from rich.text import Text
 
 from mlx_optiq_ext.types.palette import bits_color, ink_on, ramp_color
+from mlx_optiq_ext.types.status import AdapterStatus
 
-__all__ = ["rank_by_bits_map", "rank_difference_map", "rank_map"]
+__all__ = ["rank_by_bits_map", "rank_difference_map", "rank_map", "rank_words"]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -25,6 +26,12 @@ def rank_map(ranks: Mapping[str, int], width: int) -> Text:
     most = max(ranks.values(), default=1)
     text = _grid(ranks, width, lambda path: (str(ranks[path]), ramp_color(ranks[path] / most)))
     return text.append(_legend(ranks.values(), most)) if ranks else text
+
+
+def rank_words(adapter: AdapterStatus) -> str:
+    """The ranks of an adapter: one, or from the least to the largest."""
+    least = min(adapter.ranks.values(), default=adapter.rank)
+    return str(adapter.rank) if least == adapter.rank else f"{least}-{adapter.rank}"
 
 
 def rank_by_bits_map(ranks: Mapping[str, int], bits: Mapping[str, int], width: int) -> Text:
