@@ -4,7 +4,7 @@ Reads the table, never the model, so any number of budgets can be tried without 
 ``optiq allocate`` and by the conversion.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from msgspec.structs import replace
@@ -92,7 +92,7 @@ def price_bit_map(table: SensitivityTable, bit_map: BitMap) -> Allocation:
 
 
 def divergence_curve(
-    table: SensitivityTable, targets: Sequence[float], options: AllocateOptions | None = None
+    table: SensitivityTable, targets: Iterable[float], options: AllocateOptions | None = None
 ) -> list[tuple[float, float]]:
     """(achieved bpw, predicted divergence) of the allocation for every target in bpw that is feasible.
 

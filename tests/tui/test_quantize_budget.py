@@ -2,14 +2,21 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support_models import LLAMA, save_model_folder, tiny_model
-from support_tables import make_table
+from support_tables import MOE, make_table
 
 from mlx_optiq_ext.allocate.bitmap import allocate
 from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
+from mlx_optiq_ext.allocate.menu import build_menus
+from mlx_optiq_ext.cli.main import COMMANDS, command_parser, main
 from mlx_optiq_ext.errors import BudgetInfeasible, ModelNotFound, UsageError
-from mlx_optiq_ext.types.options import AllocateOptions
+from mlx_optiq_ext.formats.arguments import options_from
+from mlx_optiq_ext.formats.sensitivity import write_sensitivity
+from mlx_optiq_ext.types.options import AllocateOptions, ConvertOptions
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
 from mlx_optiq_tui.quantize.budget import (
     BudgetRange,
@@ -27,6 +34,11 @@ from mlx_optiq_tui.quantize.wishes import Wishes, bpw_of, pin_patterns
 from mlx_optiq_tui.themes import Inks
 
 TABLE = make_table(blocks=4)
+MENUS = build_menus(TABLE)
+EXPERTS = make_table(blocks=3, modules=MOE)
+RECORDED = recorded_table()
+TABLES = {"dense": TABLE, "experts": EXPERTS, "recorded": RECORDED}
+CHOICE = st.sampled_from([Choice(bits=bits, group_size=64) for bits in (2, 3, 4, 5, 6, 8)])
 
 
 def choose(table: SensitivityTable, bpw: float, wishes: Wishes | None = None) -> Allocation:
@@ -138,7 +150,7 @@ FIRST = tuple(path for path in PATHS if path.startswith("model.layers.0."))
 
 def test_what_is_pinned_wider_stays_so_at_every_budget_and_can_be_freed() -> None:
     chosen = choose(TABLE, 4.0)
-    wishes = Wishes().stepped(TABLE, chosen, QUERIES, 1)
+    wishes = Wishes().stepped(MENUS, chosen, QUERIES, 1)
     for path in QUERIES:
         assert wishes.pins[path].bits > chosen.bit_map.choices[path].bits
     for bpw in (3.5, 4.0, 6.0):
@@ -154,10 +166,10 @@ def test_what_is_pinned_wider_stays_so_at_every_budget_and_can_be_freed() -> Non
 def test_steps_end_at_the_widest_and_the_narrowest_choice() -> None:
     wishes = Wishes()
     for _ in range(8):
-        wishes = wishes.stepped(TABLE, choose(TABLE, 6.0, wishes), QUERIES[:1], -1)
+        wishes = wishes.stepped(MENUS, choose(TABLE, 6.0), QUERIES[:1], -1)
     assert wishes.pins[QUERIES[0]].bits == 2
     for _ in range(8):
-        wishes = wishes.stepped(TABLE, choose(TABLE, 6.0, wishes), QUERIES[:1], 1)
+        wishes = wishes.stepped(MENUS, choose(TABLE, 6.0), QUERIES[:1], 1)
     assert wishes.pins[QUERIES[0]].bits == 8
 
 
@@ -207,3 +219,55 @@ def test_a_size_or_a_memory_pays_what_convert_says_it_pays() -> None:
         bpw_of(TABLE, None, memory="8GB", context=4096)
     with pytest.raises(BudgetInfeasible, match="nothing is left"):
         bpw_of(TABLE, facts, memory="200MB", context=4096)
+
+
+def test_floors_are_no_cost_of_what_is_wished() -> None:
+    """A router is held at eight bits by its family, whoever asks."""
+    floors = [pin for pin in choose(EXPERTS, 3.0).pins if pin.reason.startswith("floor")]
+    assert sum(pin.cost_divergence for pin in floors) > 0
+    router = floors[0]
+    wishes = Wishes(pins={router.path: router.choice})
+    chosen = choose(EXPERTS, 3.0, wishes)
+    asked = [pin for pin in chosen.pins if pin.path == router.path]
+    said = wishes_text(chosen, wishes, "")
+    assert said in ("1 pinned, that costs nothing", f"1 pinned, that costs KL {asked[0].cost_divergence:.2g}")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_the_command_that_is_shown_makes_exactly_what_is_shown(data: st.DataObject) -> None:
+    """Its options, read by the real parser, are those that the slider allocated with."""
+    table = TABLES[data.draw(st.sampled_from(sorted(TABLES)))]
+    ends = budget_range(table)
+    bpw = ends.clip(data.draw(st.floats(ends.low, ends.high)))
+    paths = [path for unit in table.units for path in unit.paths]
+    pins = data.draw(st.dictionaries(st.sampled_from(paths), CHOICE, max_size=12))
+    wishes = Wishes(pins=pins, edges=data.draw(st.booleans()))
+    options = wishes.options(table, bpw)
+    parser, _ = command_parser(COMMANDS["convert"])
+    words = convert_words("some/model", "table.json", "out", options)
+    assert options_from(parser.parse_args(words[1:]), ConvertOptions).allocate == options
+    try:
+        chosen = allocate(table, options)
+    except BudgetInfeasible:
+        return
+    assert chosen.achieved_bpw <= bpw
+    for path, choice in pins.items():
+        assert chosen.bit_map.choices[path] == choice
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_slider_gives_what_optiq_allocate_gives(
+    table: SensitivityTable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "table.json"
+    write_sensitivity(file, table)
+    ends = budget_range(table)
+    start = choose(table, ends.start)
+    some = [path for unit in table.units[::5] for path in unit.paths]
+    wishes = Wishes().stepped(build_menus(table), start, some, 1)
+    for bpw, wished in ((ends.low, Wishes()), (ends.clip(4.35), Wishes()), (ends.clip(6.1), wishes)):
+        words = convert_words("some/model", str(file), "out", wished.options(table, bpw))
+        assert main(["allocate", str(file), *words[words.index("--target-bpw") :], "--json"]) == 0
+        printed = msgspec.json.decode(capsys.readouterr().out, type=Allocation)
+        assert printed == choose(table, bpw, wished)

@@ -281,6 +281,7 @@ def test_the_recording_looks_as_before(snap_compare: Callable[..., bool], size: 
         app = pilot.app
         assert isinstance(app, LabApp)
         await until(pilot, lambda: app.status is not None and "⠒" in text_of(app, "#curve"))
+        await until(pilot, lambda: "block" in text_of(app, "#map"))
         app.screen.query_one(TopBar).display = False  # Its tabs are those of all screens.
         await pilot.pause(0.3)
 

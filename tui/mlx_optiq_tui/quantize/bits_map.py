@@ -12,11 +12,10 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
-from mlx_optiq_ext.allocate.heat_map import build_heat_map
-from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
 from mlx_optiq_ext.types.report import HeatCell, HeatMap
 from mlx_optiq_tui.ansi import Style
 from mlx_optiq_tui.heat_map import draw_bits_map, draw_sensitivity_map
+from mlx_optiq_tui.quantize.newest import Newest
 
 __all__ = ["BitsMap"]
 
@@ -56,19 +55,17 @@ class BitsMap(Static, can_focus=True):
         self._scope = _SCOPES[0]
         self._by_bits = True
         self._width = 40
+        self._drawing: Newest[Text] = Newest(self, self._drawn)
 
-    def show(
-        self, table: SensitivityTable, allocation: Allocation, width: int, *, by_bits: bool = True
-    ) -> None:
-        """Draw an allocation; the cursor stays where it is.
+    def show(self, heat: HeatMap | None, width: int, *, by_bits: bool = True) -> None:
+        """Draw a grid; the cursor stays where it is.
 
         Args:
-            table: What was measured.
-            allocation: What was chosen.
+            heat: Of what was chosen.
             width: Columns.
             by_bits: Else by sensitivity.
         """
-        self._heat, self._width, self._by_bits = build_heat_map(table, allocation), width, by_bits
+        self._heat, self._width, self._by_bits = heat, width, by_bits
         path = self._cell.path if self._cell is not None else ""
         first = min(self._cells(), key=lambda cell: (cell.block is None, cell.row, cell.block), default=None)
         self._cell = next((cell for cell in self._cells() if cell.path == path), first)
@@ -157,12 +154,14 @@ class BitsMap(Static, can_focus=True):
     def _draw(self) -> None:
         if self._heat is None:
             return
-        style = Style(colors="truecolor", width=self._width)
-        if not self._by_bits:
-            self.update(Text.from_ansi(draw_sensitivity_map(self._heat, style)))
-            return
-        marked = self.marked if self.has_focus else ()
-        text = Text.from_ansi(draw_bits_map(self._heat, style, marked))
+        heat, style = self._heat, Style(colors="truecolor", width=self._width)
+        if self._by_bits:
+            marked = frozenset(self.marked if self.has_focus else ())
+            self._drawing.ask(lambda: Text.from_ansi(draw_bits_map(heat, style, marked)))
+        else:
+            self._drawing.ask(lambda: Text.from_ansi(draw_sensitivity_map(heat, style)))
+
+    def _drawn(self, text: Text) -> None:
         self.update(text)
         line = next((n for n, each in enumerate(text.plain.splitlines()) if "]" in each), None)
         if line is not None:

@@ -4,12 +4,14 @@ Knows the sensitivity table and no widget; every function is plain and quick (an
 takes a tenth of a second). Called by the quantize screen.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TypeAlias
 
 import msgspec
 
 from mlx_optiq_ext.allocate.bitmap import divergence_curve
-from mlx_optiq_ext.allocate.menu import build_menus, respect_floor
+from mlx_optiq_ext.allocate.menu import Menu, build_menus, respect_floor
 from mlx_optiq_ext.allocate.prediction import predicted_as
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
@@ -69,13 +71,17 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Divergence of ``within`` over that of the allocation; None where one of them is not predicted."""
 
 
-def budget_range(table: SensitivityTable) -> BudgetRange:
+def budget_range(table: SensitivityTable, menus: Sequence[Menu] | None = None) -> BudgetRange:
     """From the cheapest to the costliest allocation that floors allow.
 
+    Args:
+        table: What was measured.
+        menus: Of the table, where they were built already.
     Raises:
         UsageError: A unit was not measured.
     """
-    menus = [respect_floor(menu, table.float_bits) for menu in build_menus(table)]
+    measured = build_menus(table) if menus is None else menus
+    menus = [respect_floor(menu, table.float_bits) for menu in measured]
     ends = []
     for pick in (min, max):
         bits = table.fixed_bits + sum(pick(offer.bits for offer in menu.offers) for menu in menus)
@@ -98,18 +104,23 @@ def compare(allocation: Allocation) -> Comparison:
     )
 
 
-def curve_points(table: SensitivityTable, options: AllocateOptions | None = None) -> Points:
+def curve_points(
+    table: SensitivityTable,
+    options: AllocateOptions | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Points:
     """The best allocation at budgets over the whole range; none where nothing is predicted.
 
     Args:
         table: What was measured.
         options: Pins and protection; the target is ignored.
+        is_wanted: Asked before every point; the rest is left out where it says no.
     """
     if table.method == "static":
         return ()
     ends = budget_range(table)
     width = (ends.high - ends.low) / (_CURVE_POINTS - 1)
-    targets = [ends.low + width * index for index in range(_CURVE_POINTS)]
+    targets = takewhile(lambda _: is_wanted(), (ends.low + width * index for index in range(_CURVE_POINTS)))
     found = dict(divergence_curve(table, targets, options))
     return tuple(CurvePoint(bpw=bpw, divergence=kl) for bpw, kl in sorted(found.items()) if kl > 0)
 

@@ -13,6 +13,7 @@ from mlx_optiq_ext.types.options import AllocateOptions
 __all__ = [
     "Places",
     "convert_words",
+    "kv_words",
     "measure_words",
     "places_of",
     "report_words",
@@ -69,6 +70,17 @@ def convert_words(model: str, table: str, out: str, options: AllocateOptions) ->
 def shell_line(words: tuple[str, ...]) -> str:
     """A command as a person would type it."""
     return shlex.join(("optiq", *words))
+
+
+def kv_words(model: str, out: str, options: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """``optiq kv-cache``; a measurement that is in the folder already serves every budget.
+
+    Args:
+        model: Folder or Hub id.
+        out: Folder for the configuration.
+        options: Flags, from a form.
+    """
+    return ("kv-cache", model, "-o", out, *options)
 
 
 def score_words(model: str, out: str, uniform: str) -> tuple[str, ...]:

@@ -47,6 +47,10 @@ class ConvertPane(VerticalScroll):
     class Renamed(Message):
         """Another folder is to be written."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._proposed = ""
+
     def compose(self) -> ComposeResult:
         """Fields, buttons, command, result."""
         yield Static("Choose a budget first (b).", id="plan", markup=False)
@@ -78,10 +82,12 @@ class ConvertPane(VerticalScroll):
 
         Args:
             words: One line.
-            out: Folder.
+            out: Folder, unless the user named another.
         """
         self.query_one("#plan", Static).update(words)
-        self.query_one("#out", Input).value = out
+        if self.out in ("", self._proposed):
+            self.query_one("#out", Input).value = out
+        self._proposed = out
         self.post_message(self.Renamed())
 
     def show_command(self, line: str) -> None:
@@ -95,6 +101,13 @@ class ConvertPane(VerticalScroll):
     def show(self, text: str) -> None:
         """Draw what came out."""
         self.query_one("#result", Static).update(text)
+
+    def show_conversion(self, result: Any) -> None:
+        """Draw the result of ``optiq convert``."""
+        if result.get("score"):
+            self.show_score(result["score"])
+        else:
+            self.show(f"written to {result['out']}")
 
     def show_score(self, document: Any) -> None:
         """Draw a score from a command's result."""

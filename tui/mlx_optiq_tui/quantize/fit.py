@@ -4,10 +4,10 @@ Knows sizes and no model. Called by the quantize screen.
 """
 
 import os
+from bisect import bisect_left
 
 import msgspec
 
-from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
 from mlx_optiq_ext.allocate.size import head_room_nbytes
 from mlx_optiq_ext.types.nbytes import format_nbytes
 from mlx_optiq_ext.types.quant import Choice
@@ -17,6 +17,7 @@ from mlx_optiq_tui.quantize.model_facts import ModelFacts
 __all__ = ["Fit", "fit_of", "fit_table", "machine_memory_nbytes"]
 
 _WIDTHS = (8, 6, 5, 4, 3)
+_UNBOUNDED = 1 << 24
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,20 +62,25 @@ def fit_of(facts: ModelFacts, label: str, bpw: float, *, memory_nbytes: int, con
     """
     weights = int(facts.numel * bpw / 8)
     room = head_room_nbytes(memory_nbytes)
-    per_token = kv_bytes_per_token(facts.config, context, float_bits=facts.float_bits)
     left = max(memory_nbytes - weights - room, 0)
-    longest = left // per_token if per_token else None
-    if longest is not None and facts.context:
-        longest = min(longest, facts.context)
     return Fit(
         label=label,
         bpw=bpw,
         weights_nbytes=weights,
-        cache_nbytes=None if per_token is None else per_token * context,
+        cache_nbytes=facts.cache_nbytes(context),
         room_nbytes=room,
         memory_nbytes=memory_nbytes,
-        longest_context=longest,
+        longest_context=_longest(facts, left),
     )
+
+
+def _longest(facts: ModelFacts, left: int) -> int | None:
+    """Tokens whose cache takes at most ``left`` bytes: sliding windows make later ones cheaper."""
+    if facts.cache_nbytes(1) is None:
+        return None
+    most = facts.context or _UNBOUNDED
+    # The key turns at the first context whose cache is too large.
+    return bisect_left(range(1, most + 1), True, key=lambda tokens: (facts.cache_nbytes(tokens) or 0) > left)
 
 
 def fit_table(facts: ModelFacts, *, memory_nbytes: int, context: int) -> TextTable | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
 from mlx_optiq_ext.formats.safetensors import read_folder
 from mlx_optiq_ext.hub.resolve import check_model_folder
 from mlx_optiq_ext.hub.search import FoundModel, fetch_config
@@ -30,6 +31,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int = 0
     """Of the weight files; 0 where unknown."""
     float_bits: int = 16
+    cache_bits: float = 0.0
+    """Stored bits per cached number; 0: as wide as the model's floats."""
     config: dict[str, Any] = {}
     is_quantized: bool = False
     """Stored in fewer bits already: nothing to measure against."""
@@ -45,6 +48,18 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         text = {**self.config, **(self.config.get("text_config") or {})}
         value = next((text[key] for key in _CONTEXTS if isinstance(text.get(key), int)), 0)
         return max(int(value), 0)
+
+    def cache_nbytes(self, context: int) -> int | None:
+        """KV cache of so many tokens; None where the config does not tell.
+
+        Args:
+            context: At least 1.
+        """
+        per_token = kv_bytes_per_token(self.config, context, float_bits=self.float_bits)
+        if per_token is None:
+            return None
+        bits = self.cache_bits or self.float_bits
+        return math.ceil(per_token * context * bits / self.float_bits)
 
     @property
     def architecture(self) -> str:
@@ -93,6 +108,7 @@ def facts_of_found(found: FoundModel) -> ModelFacts:
     return ModelFacts(
         source=found.repo_id,
         numel=found.numel,
+        float_bits=32 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 16,
         config=config,
         is_quantized="quantization" in config or "quantization_config" in config,
     )

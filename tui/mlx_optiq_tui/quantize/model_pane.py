@@ -6,6 +6,7 @@ Reads headers and asks the Hub in threads. Tells what was picked by messages; th
 import asyncio
 from pathlib import Path
 
+from msgspec.structs import replace
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, VerticalScroll
@@ -31,6 +32,9 @@ _MEASURED = (
     *("num_tokens", "window", "probes"),
 )
 _CONTEXT = 8192
+_MOST_BITS = 33
+_TO_MEASURE = "Measure it (e): minutes for a small model, hours for a large one. Stopped, it goes on."
+_QUANTIZED = "It is quantized already: pick the original weights."
 
 
 class ModelPane(VerticalScroll):
@@ -46,7 +50,9 @@ class ModelPane(VerticalScroll):
     ModelPane #table-row, ModelPane #source-row { height: 1; }
     ModelPane Label { width: 20; color: $text-muted; }
     ModelPane #source, ModelPane #table { width: 1fr; }
-    ModelPane #context { width: 12; }
+    ModelPane #table-row Label { width: auto; margin-right: 1; }
+    ModelPane #context { width: 9; }
+    ModelPane #cache-bits { width: 7; }
     ModelPane #measure { margin-left: 2; }
     """
 
@@ -64,6 +70,9 @@ class ModelPane(VerticalScroll):
             super().__init__()
             self.file = file
             self.table = table
+
+    class Refitted(Message):
+        """Another KV cache is to fit beside the weights."""
 
     class Measure(Message):
         """The model is to be measured."""
@@ -96,6 +105,8 @@ class ModelPane(VerticalScroll):
             yield Input(id="table", compact=True)
             yield Label("  Context")
             yield Input(str(_CONTEXT), id="context", type="integer", compact=True)
+            yield Label("  KV bits", id="cache-bits-label")
+            yield Input(id="cache-bits", placeholder="full", type="number", compact=True)
             yield Button("Measure (e)", id="measure", variant="primary", compact=True)
         yield OptionForm((MeasureOptions, _MEASURED), id="measure-options")
 
@@ -116,6 +127,19 @@ class ModelPane(VerticalScroll):
         return int(text) if text.isdigit() and int(text) else _CONTEXT
 
     @property
+    def cache_bits(self) -> float:
+        """Stored bits per cached number; 0: as wide as the model's floats."""
+        try:
+            bits = float(self.query_one("#cache-bits", Input).value or 0)
+        except ValueError:
+            return 0.0
+        return bits if 1 <= bits <= _MOST_BITS else 0.0
+
+    def set_cache_bits(self, bits: float) -> None:
+        """Reckon with a KV cache that was chosen."""
+        self.query_one("#cache-bits", Input).value = f"{bits:.3g}"
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """Options of the measurement.
 
@@ -131,9 +155,13 @@ class ModelPane(VerticalScroll):
         self._look(event.value.strip())
 
     @on(Input.Changed, "#context")
-    def _context_changed(self, event: Input.Changed) -> None:
+    @on(Input.Changed, "#cache-bits")
+    def _cache_changed(self, event: Input.Changed) -> None:
         event.stop()
-        self._draw_facts()
+        if self.facts is not None:
+            self.facts = replace(self.facts, cache_bits=self.cache_bits)
+            self._draw_facts()
+            self.post_message(self.Refitted())
 
     @on(DataTable.RowSelected, "#found")
     def _pick(self, event: DataTable.RowSelected) -> None:
@@ -193,18 +221,19 @@ class ModelPane(VerticalScroll):
         if message.found:
             table.focus()
 
-    def show_chosen(self, facts: ModelFacts | None, table_file: str, said: str) -> None:
+    def show_chosen(self, facts: ModelFacts | None, table_file: str) -> None:
         """Draw what was picked.
 
         Args:
             facts: The model; None where only its measurement is at hand.
             table_file: Where its measurement is, or goes.
-            said: One line about it.
         """
-        self.facts = facts
+        self.facts = None if facts is None else replace(facts, cache_bits=self.cache_bits)
         self.set_class(facts is not None, "-chosen")
         self.query_one("#table", Input).value = table_file
-        self.say(said)
+        self.say(
+            f"opened {table_file}" if facts is None else _QUANTIZED if facts.is_quantized else _TO_MEASURE
+        )
         self._draw_facts()
 
     def say(self, text: str) -> None:

@@ -16,7 +16,7 @@ from mlx_optiq_tui.quantize.model_facts import ModelFacts
 from mlx_optiq_tui.quantize.wishes import Wishes
 from mlx_optiq_tui.themes import Inks
 
-__all__ = ["choice_text", "curve_text", "facts_line", "wishes_text"]
+__all__ = ["choice_text", "curve_text", "facts_line", "plan_line", "wishes_text"]
 
 _CURVE_AROUND = 9
 """Lines of a curve besides the plot: title, axis, legend."""
@@ -30,6 +30,14 @@ def facts_line(facts: ModelFacts) -> str:
     if facts.is_quantized:
         parts.append("quantized already: measure the original")
     return " · ".join(part for part in parts if part)
+
+
+def plan_line(name: str, allocation: Allocation, table_file: str) -> str:
+    """What would be written, in one line."""
+    return (
+        f"{name} at {allocation.achieved_bpw:.3f} bits per weight, "
+        f"{format_nbytes(allocation.nbytes)}, by {table_file or 'a recorded measurement'}"
+    )
 
 
 def choice_text(table: SensitivityTable, allocation: Allocation, fit: Fit | None, inks: Inks) -> Text:
@@ -74,7 +82,9 @@ def wishes_text(allocation: Allocation, wishes: Wishes, cursor: str) -> str:
     said = ["edges protected"] if wishes.edges else []
     said += [f"{len(wishes.pins)} pinned"] if wishes.pins else []
     if said:
-        cost = sum(pin.cost_divergence for pin in allocation.pins)
+        # What floors cost is no wish.
+        asked = (pin for pin in allocation.pins if pin.reason.startswith("--"))
+        cost = sum(pin.cost_divergence for pin in asked)
         said.append(f"that costs KL {cost:.2g}" if cost > 0 else "that costs nothing")
     return "\n".join(line for line in (", ".join(said), cursor) if line)
 

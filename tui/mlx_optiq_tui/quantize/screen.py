@@ -4,6 +4,7 @@ Holds what was picked and the jobs that were started; the panes draw. Work is do
 go on when the screen is left.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,44 +15,29 @@ from textual.widgets import TabbedContent, TabPane
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.sensitivity import read_sensitivity
-from mlx_optiq_ext.types.nbytes import format_nbytes
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, SensitivityTable
 from mlx_optiq_tui.jobs import Job
 from mlx_optiq_tui.lab_screen import LabScreen
+from mlx_optiq_tui.quantize import commands
 from mlx_optiq_tui.quantize.bits_pane import BitsPane
-from mlx_optiq_tui.quantize.commands import (
-    convert_words,
-    measure_words,
-    places_of,
-    report_words,
-    score_words,
-    shell_line,
-)
 from mlx_optiq_tui.quantize.convert_pane import ConvertPane
+from mlx_optiq_tui.quantize.help import HELP_TEXT
+from mlx_optiq_tui.quantize.kv_pane import KVPane
 from mlx_optiq_tui.quantize.model_facts import ModelFacts
 from mlx_optiq_tui.quantize.model_pane import ModelPane
+from mlx_optiq_tui.quantize.pictures import plan_line
 from mlx_optiq_tui.quantize.recorded import recorded_table
+from mlx_optiq_tui.quantize.work import Work
 from mlx_optiq_tui.widgets.job_panel import JobPanel
 
 __all__ = ["QuantizeScreen"]
 
 
 class QuantizeScreen(LabScreen):
-    """Three panes in the order of the work, and the newest job below them."""
+    """Panes in the order of the work, and the newest job below them."""
 
-    HELP_TEXT = """# Quantize
-
-1. **Model**: words and Enter search the Hub (offline: the cache); a folder or a sensitivity file is opened.
-   `e` measures; stopped with `x`, the same key goes on from there.
-2. **Bits**: move the budget by the arrow keys, Page keys, or mouse. Each move allocates anew; `×` is how much
-   further off the best uniform choice within the same budget is predicted. `f` takes a size or a memory in
-   place of bits. `p` goes into the map: arrow keys choose, Space reaches further (the module of every block,
-   the block), `+` and `-` pin wider and narrower, Delete frees. `d` protects the edges. `v`: other pictures.
-3. **Convert**: `w` writes, verifies and scores; `y` copies that command; `s` scores, `o` opens the report.
-
-Long work goes on when this screen is left."""
-
+    HELP_TEXT = HELP_TEXT
     CSS = """
     QuantizeScreen TabbedContent { height: 1fr; }
     QuantizeScreen ContentSwitcher { height: 1fr; }
@@ -64,6 +50,7 @@ Long work goes on when this screen is left."""
         Binding("m", "pane('model')", "Model", show=False),
         Binding("b", "pane('bits')", "Bits", show=False),
         Binding("c", "pane('convert')", "Convert", show=False),
+        Binding("k", "pane('kv')", "KV cache", show=False),
         ("e", "measure", "Measure"),
         ("v", "view", "Picture"),
         ("f", "target", "Size"),
@@ -83,8 +70,6 @@ Long work goes on when this screen is left."""
         self.table_file = ""
         self.allocation: Allocation | None = None
         self._options = AllocateOptions()
-        self._steps: dict[int, str] = {}
-        """What each of our jobs is for, by its number."""
 
     def compose_body(self) -> ComposeResult:
         """The panes over the job."""
@@ -95,10 +80,13 @@ Long work goes on when this screen is left."""
                 yield BitsPane()
             with TabPane("Convert (c)", id="convert"):
                 yield ConvertPane()
+            with TabPane("KV cache (k)", id="kv"):
+                yield KVPane()
         yield JobPanel()
 
     def on_mount(self) -> None:
         """Show the recording, where there is nothing else to show."""
+        self._work = Work(self.lab.jobs, is_demo=self.lab.is_demo)
         if self.lab.is_demo:
             self._open_table("", recorded_table())
         else:
@@ -120,18 +108,17 @@ Long work goes on when this screen is left."""
     def _model_chosen(self, message: ModelPane.Chosen) -> None:
         facts = message.facts
         self.facts, self.table, self.allocation = facts, None, None
-        file = places_of(facts.name, Path.cwd(), 0).table
-        said = "Measure it (e): minutes for a small model, hours for a large one. Stopped, it goes on."
-        if facts.is_quantized:
-            said = "It is quantized already: pick the original weights."
-        self.query_one(ModelPane).show_chosen(facts, file, said)
+        file = commands.places_of(facts.name, Path.cwd(), 0).table
+        self.query_one(BitsPane).clear()
+        self.query_one(ModelPane).show_chosen(facts, file)
+        self.query_one(KVPane).propose(facts.source, f"{facts.name}-kv")
         if Path(file).is_file():
             self._read_table(file)
 
     @on(ModelPane.Opened)
     def _table_opened(self, message: ModelPane.Opened) -> None:
         self.facts = None
-        self.query_one(ModelPane).show_chosen(None, message.file, f"opened {message.file}")
+        self.query_one(ModelPane).show_chosen(None, message.file)
         self._open_table(message.file, message.table)
 
     @work(exclusive=True, group="read", thread=True)
@@ -149,7 +136,7 @@ Long work goes on when this screen is left."""
             said = f"{file} is of another model ({table.total_numel:,} weights); name another file"
             self.query_one(ModelPane).say(said)
             return
-        self.table, self.table_file = table, file
+        self.table, self.table_file, self.allocation = table, file, None
         pane = self.query_one(ModelPane)
         if self.facts is not None:
             pane.say(f"measured: {file}")
@@ -159,24 +146,32 @@ Long work goes on when this screen is left."""
     @on(BitsPane.Chosen)
     def _budget_chosen(self, message: BitsPane.Chosen) -> None:
         self.allocation, self._options = message.allocation, message.options
-        if self.allocation is None:
-            return
-        chosen = self.allocation
-        words = (
-            f"{self.model_name} at {chosen.achieved_bpw:.3f} bits per weight, "
-            f"{format_nbytes(chosen.nbytes)}, by {self.table_file or 'a recorded measurement'}"
-        )
-        places = places_of(self.model_name, Path.cwd(), chosen.target_bpw)
-        self.query_one(ConvertPane).plan(words, places.out)
+        if self.allocation is not None:
+            line = plan_line(self.model_name, self.allocation, self.table_file)
+            places = commands.places_of(self.model_name, Path.cwd(), self.allocation.target_bpw)
+            self.query_one(ConvertPane).plan(line, places.out)
 
     @on(ConvertPane.Renamed)
     def _renamed(self) -> None:
-        self.query_one(ConvertPane).show_command(shell_line(self._convert_words()))
+        self.query_one(ConvertPane).show_command(commands.shell_line(self._convert_words()))
 
     def _convert_words(self) -> tuple[str, ...]:
         """What converts to what was chosen, exactly."""
         out = self.query_one(ConvertPane).out
-        return convert_words(self.model, self.table_file, out, self._options)
+        return commands.convert_words(self.model, self.table_file, out, self._options)
+
+    @on(ModelPane.Refitted)
+    def _refitted(self) -> None:
+        pane = self.query_one(ModelPane)
+        if pane.facts is not None:
+            self.facts = pane.facts
+            self.query_one(BitsPane).refit(pane.facts, pane.context)
+
+    @on(KVPane.Asked)
+    async def _choose_cache(self) -> None:
+        """Measure the KV cache of what is to be served, and choose its bits."""
+        pane = self.query_one(KVPane)
+        await self._start("kv", f"KV cache of {Path(pane.model).name}", pane.words)
 
     @on(ModelPane.Measure)
     async def action_measure(self) -> None:
@@ -185,13 +180,12 @@ Long work goes on when this screen is left."""
         if self.facts is None or self.facts.is_quantized:
             self._refuse("pick a model with unquantized weights first (m)")
             return
-        try:
-            words = measure_words(self.facts.source, pane.table_file, pane.flags)
-        except UsageError as error:
-            self._refuse(str(error))
-            return
-        self.table_file = pane.table_file
-        await self._start("measure", f"Measure {self.model_name}", words)
+        source = self.facts.source
+        await self._start(
+            "measure",
+            f"Measure {self.model_name}",
+            lambda: commands.measure_words(source, pane.table_file, pane.flags),
+        )
 
     @on(ConvertPane.Asked)
     async def _asked(self, message: ConvertPane.Asked) -> None:
@@ -201,34 +195,38 @@ Long work goes on when this screen is left."""
         """Convert, score or report what was chosen."""
         pane = self.query_one(ConvertPane)
         if step == "convert":
-            if self.allocation is None:
-                self._refuse("choose a budget first (b)")
+            if not self._has_chosen():
                 return
             words = self._convert_words()
         elif not Path(pane.out).is_dir():
             self._refuse(f"{pane.out or 'no folder'} is not converted yet (w)")
             return
         elif step == "score":
-            words = score_words(self.model, pane.out, pane.uniform)
+            words = commands.score_words(self.model, pane.out, pane.uniform)
         else:
-            words = report_words(pane.out, f"{pane.out.rstrip('/')}.html")
+            words = commands.report_words(pane.out, f"{pane.out.rstrip('/')}.html")
         self.query_one(TabbedContent).active = "convert"
-        await self._start(step, f"{step.capitalize()} {Path(pane.out).name}", words)
+        await self._start(step, f"{step.capitalize()} {Path(pane.out).name}", lambda: words)
 
-    async def _start(self, step: str, title: str, words: tuple[str, ...]) -> None:
-        if self.lab.is_demo:
-            self._refuse("this is a recording: nothing is run")
-            return
-        if any(job.state == "running" and job.number in self._steps for job in self.lab.jobs.all):
-            self._refuse("one job at a time: wait, or stop it (x)")
-            return
-        job = await self.lab.jobs.start(title, words)
-        self._steps[job.number] = step
-        self.job_changed(job)
+    def _has_chosen(self) -> bool:
+        """Whether the command is that of the slider's budget; else it is said why not."""
+        if self.query_one(BitsPane).is_allocating:
+            self._refuse("this budget is still being allocated")
+        elif self.allocation is None:
+            self._refuse("choose a budget first (b)")
+        else:
+            return True
+        return False
+
+    async def _start(self, step: str, title: str, words: Callable[[], tuple[str, ...]]) -> None:
+        try:
+            self.job_changed(await self._work.start(step, title, words()))
+        except UsageError as error:
+            self._refuse(str(error))
 
     def job_changed(self, job: Job) -> None:
         """Draw our jobs; take what came out of one that is done."""
-        step = self._steps.get(job.number)
+        step = self._work.step_of(job)
         if step is None:
             return
         self.query_one(JobPanel).show(job)
@@ -238,33 +236,39 @@ Long work goes on when this screen is left."""
     def _take(self, step: str, job: Job) -> None:
         result, pane = job.result, self.query_one(ConvertPane)
         if step == "measure":
-            self._read_table(self.table_file)
+            self._measured(job.command.words)
         elif step == "convert":
-            if result.get("score"):
-                pane.show_score(result["score"])
-            else:
-                pane.show(f"written to {result['out']}")
+            self.query_one(KVPane).propose(result["out"], result["out"])
+            pane.show_conversion(result)
         elif step == "score":
             pane.show_score(result)
+        elif step == "kv":
+            self.query_one(ModelPane).set_cache_bits(self.query_one(KVPane).show(result))
         else:
             file = Path(job.command.words[-1]).absolute()
             self.notify(f"report: {file}")
             self.app.open_url(file.as_uri())
+
+    def _measured(self, words: Sequence[str]) -> None:
+        """Open what was measured, unless another model was picked meanwhile."""
+        _, model, _, file, *_ = words
+        if self.facts is not None and self.facts.source == model:
+            self._read_table(file)
+        else:
+            self.notify(f"measured: {file}")
 
     def _refuse(self, words: str) -> None:
         self.notify(words, severity="warning")
 
     def action_stop(self) -> None:
         """Stop our job; it saves what it can go on from."""
-        for job in self.lab.jobs.running:
-            if job.number in self._steps:
-                job.stop()
+        self._work.stop()
 
     def action_pane(self, name: str) -> None:
         """Open a pane and give it the focus."""
         self.set_focus(None)
         self.query_one(TabbedContent).active = name
-        target = {"model": "#source", "bits": "BudgetSlider", "convert": "#out"}[name]
+        target = {"model": "#source", "bits": "BudgetSlider", "convert": "#out", "kv": "#kv-model"}[name]
         self.call_after_refresh(self.query_one(target).focus)
 
     def action_view(self) -> None:
@@ -289,9 +293,7 @@ Long work goes on when this screen is left."""
 
     def action_copy(self) -> None:
         """Copy the command that Convert runs."""
-        if self.allocation is None:
-            self._refuse("choose a budget first (b)")
-            return
-        line = shell_line(self._convert_words())
-        self.app.copy_to_clipboard(line)
-        self.notify("copied: " + line)
+        if self._has_chosen():
+            line = commands.shell_line(self._convert_words())
+            self.app.copy_to_clipboard(line)
+            self.notify("copied: " + line)

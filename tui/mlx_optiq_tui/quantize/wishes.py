@@ -11,8 +11,7 @@ from fnmatch import fnmatchcase
 import msgspec
 from msgspec.structs import replace
 
-from mlx_optiq_ext.allocate.kv_memory import kv_bytes_per_token
-from mlx_optiq_ext.allocate.menu import build_menus
+from mlx_optiq_ext.allocate.menu import Menu
 from mlx_optiq_ext.allocate.size import budget_from
 from mlx_optiq_ext.types.options import AllocateOptions
 from mlx_optiq_ext.types.quant import Allocation, Choice, SensitivityTable
@@ -41,17 +40,24 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def stepped(
-        self, table: SensitivityTable, allocation: Allocation, paths: Sequence[str], step: int
+        self, menus: Sequence[Menu], allocation: Allocation, paths: Sequence[str], step: int
     ) -> "Wishes":
-        """Pin each path to its next choice, wider (1) or narrower (-1) than it is; at an end, to that end."""
+        """Pin each path to its next choice, wider (1) or narrower (-1) than it is; at an end, to that end.
+
+        Args:
+            menus: Of the table.
+            allocation: What is, where nothing is pinned.
+            paths: Modules; what is stored alike goes with them.
+            step: 1 or -1.
+        """
         asked = set(paths)
         pins = dict(self.pins)
-        for menu in build_menus(table):
+        for menu in menus:
             here = [path for path in menu.unit.paths if path in asked]
             if not here:
                 continue
             offers = sorted(menu.offers, key=lambda offer: offer.bits)
-            chosen = allocation.bit_map.choices[here[0]]
+            chosen = self.pins.get(here[0], allocation.bit_map.choices[here[0]])
             at = next((index for index, offer in enumerate(offers) if offer.choice == chosen), 0)
             found = offers[min(max(at + step, 0), len(offers) - 1)].choice
             pins |= dict.fromkeys(menu.unit.paths, found)
@@ -101,9 +107,8 @@ def bpw_of(
         UsageError: Neither or both, one that cannot be read, no config.
         BudgetInfeasible: Nothing is left for weights.
     """
-    per_token = None
-    if facts is not None and facts.config:
-        per_token = kv_bytes_per_token(facts.config, context, float_bits=facts.float_bits)
+    cache = facts.cache_nbytes(context) if facts is not None and facts.config else None
+    per_token = None if cache is None else -(-cache // context)
     options = AllocateOptions(target_size=size or None, fit=memory or None, context=context)
     bits = budget_from(table, options, kv_bytes_per_token=per_token).bits
     return 1000 * bits // table.total_numel / 1000
