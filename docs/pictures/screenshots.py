@@ -25,21 +25,31 @@ MOMENTS = 40
 
 
 class Shot:
-    """One picture: which screen, what is pressed, and what must show before it is taken."""
+    """One picture: which screen, what is pressed, and what must show before it is taken.
 
-    def __init__(self, screen: str, *keys: str, shows: str) -> None:
-        self.screen, self.keys, self.shows = screen, keys, shows
+    Args:
+        screen: To open.
+        keys: To press.
+        shows: Text that is waited for,
+        times: so many of it.
+        speed: Of the recording; answers that say how fast they came need the real one, 1.
+    """
+
+    def __init__(self, screen: str, *keys: str, shows: str, times: int = 1, speed: float = 0.0) -> None:
+        self.screen, self.keys, self.shows, self.times, self.speed = screen, keys, shows, times, speed
 
 
 PROMPT = "In two sentences: why is the sky blue?"
+CODE = "Write a Python function that says whether a number is prime."
 
 SHOTS = {
     "monitor": Shot("monitor", shows="out="),
     "adapters": Shot("adapters", shows="rank"),
+    "chat": Shot("chat", *CODE, "enter", shows="tok/s", speed=1.0),
     "quantize": Shot("quantize", "right", "right", shows="⠒"),
     "finetune": Shot("finetune", "r", shows="validation"),
     "integrations": Shot("integrations", "down", "down", shows="ANTHROPIC_BASE_URL"),
-    "compare": Shot("adapters", "c", *PROMPT, "enter", "escape", shows="matey"),
+    "compare": Shot("adapters", "c", *PROMPT, "enter", "escape", shows="a second", times=2, speed=1.0),
 }
 
 
@@ -55,11 +65,12 @@ def main() -> None:
 
 async def take(shot: Shot) -> str:
     """The SVG of one picture."""
-    app = LabApp(demo_client(speed=0, until=MOMENTS), is_demo=True, first=shot.screen)
+    app = LabApp(demo_client(speed=shot.speed, until=MOMENTS), is_demo=True, first=shot.screen)
+    num_moments = 0 if shot.speed else MOMENTS - 10
     async with app.run_test(size=SIZE) as pilot:
-        await until(pilot, lambda: app.status is not None and len(app.history.decode) > MOMENTS - 10)
+        await until(pilot, lambda: app.status is not None and len(app.history.decode) > num_moments)
         await pilot.press(*shot.keys)
-        await until(pilot, lambda: shot.shows in text_of(app))
+        await until(pilot, lambda: text_of(app).count(shot.shows) >= shot.times)
         await pilot.pause(0.5)
         # A picture in a page may load nothing; the browser's own monospace font does.
         return re.sub(r"@font-face\s*{[^}]*}", "", app.export_screenshot(title="optiq lab"))

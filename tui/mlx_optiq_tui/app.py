@@ -49,9 +49,10 @@ class LabApp(App[None]):
     TITLE = "optiq lab"
     CSS = """
     Screen.-lost .live { opacity: 60%; }
+    Footer.-compact FooterKey.-command-palette { margin-right: 0; padding-right: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("question_mark,f9", "help", "Help", key_display="?"),
+        Binding("question_mark,f9", "help", "Help", key_display="F9"),
         Binding("ctrl+q", "quit", "Quit", show=False),
         Binding("ctrl+t", "change_theme", "Theme", show=False),
     ]
