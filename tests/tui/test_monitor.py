@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from support_engine import ready_status
 from support_http import live
 from support_serving import engine_on, greedy, spec_of, tiny_folder
 from support_tui import WIDE, demo_lab, lab_at, piloted, screen_text, until
@@ -16,7 +17,7 @@ from mlx_optiq_ext.types.status import EngineStatus, LayerBytes, RowStatus
 from mlx_optiq_tui.app import LabApp
 from mlx_optiq_tui.history import History
 from mlx_optiq_tui.monitor.log_panel import matches
-from mlx_optiq_tui.monitor.pictures import kv_picture, memory_picture, totals_picture
+from mlx_optiq_tui.monitor.pictures import kv_picture, memory_picture, totals_picture, waiting_words
 from mlx_optiq_tui.themes import Inks
 from mlx_optiq_tui.widgets.marks import Part, columns, share_bar, sparkline
 
@@ -167,3 +168,19 @@ def test_a_real_engine_is_shown_while_it_answers(tmp_path: Path) -> None:
             piloted(lab_at(url), script)
     finally:
         engine.close()
+
+
+def test_what_those_in_the_queue_wait_for_is_said() -> None:
+    tiny = ready_status().models[0].id
+    waits = _row(0, model=tiny, state="queued")
+    runs = _row(3, model=tiny)
+
+    def words(*rows: RowStatus, max_rows: int = 4) -> str:
+        return waiting_words(replace(ready_status(), rows=rows, max_rows=max_rows))
+
+    assert words(runs, waits, max_rows=1) == "for a free row"
+    assert words(runs, waits) == "for memory"
+    assert words(runs, replace(waits, prompt_tokens=0)) == "being read"
+    other = replace(waits, model="org/other")
+    assert words(runs, other) == "for org/other to be loaded"
+    assert words(runs, other, other, waits) == "for org/other to be loaded, 1 behind"

@@ -14,7 +14,7 @@ from mlx_optiq_tui.history import History
 from mlx_optiq_tui.themes import Inks
 from mlx_optiq_tui.widgets.marks import Part, columns, legend, share_bar, sparkline
 
-__all__ = ["kv_picture", "memory_picture", "row_cells", "speed_picture", "totals_picture"]
+__all__ = ["kv_picture", "memory_picture", "row_cells", "speed_picture", "totals_picture", "waiting_words"]
 
 _FULL = 16
 """Stands for caches in full precision, as in ``types.palette``."""
@@ -42,9 +42,24 @@ def speed_picture(status: EngineStatus, history: History, width: int, inks: Inks
         text.append("\n")
     text.append(f"{'queue':<12}", "dim")
     text.append(f"{waiting:3d} of {status.queue_limit:3d}", "bold")
+    text.append(f"   {waiting_words(status)}" if waiting else "")
     if status.restarts:
         text.append(f"   batch rebuilt {status.restarts} times", inks.bad)
     return text
+
+
+def waiting_words(status: EngineStatus) -> str:
+    """What those in the queue wait for: a model, behind others that do, a row, their prompt, memory."""
+    queued = [row for row in status.rows if row.state == "queued"]
+    loaded = {model.id for model in status.models if model.loaded}
+    opening = [row.model for row in queued if row.model not in loaded]
+    if opening:
+        behind = len(queued) - len(opening)
+        said = f"for {', '.join(dict.fromkeys(opening))} to be loaded"
+        return f"{said}, {behind} behind" if behind else said
+    if len(status.rows) - len(queued) >= status.max_rows:
+        return "for a free row"
+    return "for memory" if any(row.prompt_tokens for row in queued) else "being read"
 
 
 def memory_picture(status: EngineStatus, width: int) -> Text:
