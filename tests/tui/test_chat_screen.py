@@ -16,7 +16,7 @@ from support_serving import engine_on, spec_of, tiny_folder
 from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, screen_text, until
 from textual import events
 from textual.pilot import Pilot
-from textual.widgets import Button, Checkbox, Collapsible, Input, Markdown, OptionList
+from textual.widgets import Button, Checkbox, Collapsible, Input, Markdown, OptionList, Static
 
 from mlx_optiq_ext.errors import RequestError
 from mlx_optiq_ext.types.chat import Image, Text
@@ -526,8 +526,9 @@ def test_drafts_survive_other_screens_conversations_and_the_end(store: Conversat
 def test_an_earlier_answer_is_a_key_away() -> None:
     async def steps(pilot: Pilot[Any], chat: Chat) -> None:
         await chat.ask(pilot, "First")
-        await pilot.press("ctrl+r")
+        await pilot.press("n", "ctrl+r")
         await chat.answered(pilot)
+        assert chat.text == "n"  # asking again is no reason to lose what is being written
         await until(pilot, lambda: "one of 2 answers (F8)" in chat.shown)
         await pilot.press("f8")
         await until(pilot, lambda: "Uno" in chat.shown and "Due" not in chat.shown)
@@ -586,7 +587,8 @@ def test_consent_shows_what_cannot_be_seen_and_takes_no_click_meant_for_the_one_
         box = chat.screen.query_one(ConsentBox)
         await until(pilot, lambda: box.is_asking)
         assert "a\\u202eb\\u200b" in chat.shown
-        assert "(10 lines; scroll to read all)" in chat.shown
+        assert "(11 lines; scroll to read all)" in str(box.query_one("#question", Static).render())
+        assert "Allow once" in chat.shown
         box.query_one("#once", Button).press()
         await pilot.pause()
         assert box.is_asking
@@ -595,9 +597,9 @@ def test_consent_shows_what_cannot_be_seen_and_takes_no_click_meant_for_the_one_
         assert chat.messages[2].outcome == "refused"
 
     monkeypatch.setattr(consent_box, "_HASTY_S", 60.0)
-    query = msgspec.json.encode({"query": "a\u202eb\u200b" + "\n" * 9}).decode()
+    query = msgspec.json.encode({"query": "a\u202eb\u200b" + "\n" * 10 + "c"}).decode()
     with scripted(answer(*call("web_search", query), reason="tool_calls"), answer("No.")) as (app, _):
-        chat(app, steps, WIDE)
+        chat(app, steps)
 
 
 def test_leaving_while_a_tool_asks_keeps_a_whole_conversation(store: ConversationStore) -> None:

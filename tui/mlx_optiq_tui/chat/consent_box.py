@@ -20,7 +20,8 @@ from mlx_optiq_tui.chat.turn import Decision
 
 __all__ = ["ConsentBox"]
 
-_SEEN = 8
+_SEEN, _WIDTH = 5, 70
+"""Lines of a call that a small terminal shows at once, and their width."""
 _HASTY_S = 0.4
 """An answer that comes sooner was meant for the question before."""
 
@@ -29,10 +30,10 @@ class ConsentBox(Vertical):
     """Hidden until something is asked. Arrow keys choose, Enter answers; refusing has the focus."""
 
     DEFAULT_CSS = """
-    ConsentBox { height: auto; max-height: 60%; background: $surface; border: round $warning;
+    ConsentBox { height: auto; background: $surface; border: round $warning;
                  padding: 0 1; display: none; }
     ConsentBox.-asking { display: block; }
-    ConsentBox VerticalScroll { height: auto; max-height: 8; background: $panel; margin: 0; }
+    ConsentBox VerticalScroll { height: auto; max-height: 12; background: $panel; margin: 0; }
     ConsentBox #what { padding: 0 1; }
     ConsentBox Horizontal { height: 1; margin-top: 1; }
     ConsentBox Button { margin-right: 2; }
@@ -67,8 +68,9 @@ class ConsentBox(Vertical):
         where = "in the sandbox" if call.name in SANDBOXED else "from this machine, over the network"
         title = TOOLS[call.name].title if call.name in TOOLS else call.name
         what = plainest(shown_arguments(call))
-        lines = what.count("\n") + 1
-        extent = "" if lines <= _SEEN else f" ({lines} lines; scroll to read all)"
+        lines = what.splitlines()
+        is_long = sum(1 + len(line) // _WIDTH for line in lines) > _SEEN
+        extent = f" ({len(lines)} lines; scroll to read all)" if is_long else ""
         self.query_one("#question", Static).update(f"The model wants to use {title}, {where}{extent}:")
         self.query_one("#what", Static).update(what)
         self.query_one(VerticalScroll).scroll_home(animate=False)

@@ -15,7 +15,7 @@ from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.chat.composer import Composer
 from mlx_optiq_tui.chat.consent_box import ConsentBox
-from mlx_optiq_tui.chat.conversation import Conversation, ToolMessage, ToolUse, UserMessage
+from mlx_optiq_tui.chat.conversation import Conversation, Draft, ToolMessage, ToolUse, UserMessage
 from mlx_optiq_tui.chat.desk import Desk, answering_name, served_model
 from mlx_optiq_tui.chat.errands import Errands
 from mlx_optiq_tui.chat.plain import plain
@@ -52,6 +52,7 @@ Conversations are kept on this machine, each in a file of its own."""
 
     CSS = """
     ChatScreen #title { height: 1; padding: 0 1; color: $text-muted; text-style: bold; }
+    ChatScreen.-short ConsentBox VerticalScroll { max-height: 5; }
     ChatScreen #empty { height: auto; padding: 1; color: $text-muted; }
     """
     AUTO_FOCUS = "Prompt"
@@ -159,24 +160,24 @@ Conversations are kept on this machine, each in a file of its own."""
                 f"{model.id} sees no images; remove the picture, or choose another model", severity="warning"
             )
         elif text or desk.pictures:
-            self._begin(desk.asking(text))
+            asked = desk.asking(text)
+            sent = Draft(text=composer.text, images=desk.pictures, is_editing=desk.is_editing)
+            # Now, for what is typed from here on belongs to the next message.
+            composer.text, desk.pictures, desk.is_editing = "", (), False
+            self._begin(asked, sent)
 
-    def _begin(self, conversation: Conversation) -> None:
+    def _begin(self, conversation: Conversation, sent: Draft | None = None) -> None:
         if not self.is_answering:
-            self._answering = self._answer(conversation)
+            self._answering = self._answer(conversation, sent)
 
     @work(group="answer")
-    async def _answer(self, conversation: Conversation) -> None:
-        """Ask the question at the conversation's end; what was written comes back where nothing was said."""
-        desk, composer, client = self.desk, self.query_one(Composer), self.lab.client
-        before, drafted = desk.conversation, (composer.text, desk.pictures, desk.is_editing)
-        turn = Turn(client, conversation, desk.tools, self._consent, desk.read_image)
+    async def _answer(self, conversation: Conversation, sent: Draft | None) -> None:
+        """Ask the question at the conversation's end; what was sent comes back where nothing was said."""
+        desk, composer, before = self.desk, self.query_one(Composer), self.desk.conversation
+        problem = self._keep(conversation)
+        turn = Turn(self.lab.client, desk.conversation, desk.tools, self._consent, desk.read_image)
         turn.allowed = desk.allowed
-        problem = ""
         try:
-            problem = self._keep(conversation)
-            turn.conversation = desk.conversation
-            composer.text, desk.pictures, desk.is_editing = "", (), False
             await self.draw_all()
             async with contextlib.aclosing(turn.run()) as news:
                 await self._follow(turn, news)
@@ -190,8 +191,9 @@ Conversations are kept on this machine, each in a file of its own."""
             self._answering = None
             was_cut = turn.cut(broke_off=bool(problem)) or bool(problem)
             if isinstance(turn.conversation.messages[-1], UserMessage):
-                composer.text = "\n".join(filter(None, (drafted[0], composer.text)))
-                desk.pictures, desk.is_editing = drafted[1:]
+                if sent is not None:
+                    composer.text = "\n".join(filter(None, (sent.text, composer.text)))
+                    desk.pictures, desk.is_editing = (*sent.images, *desk.pictures), sent.is_editing
                 turn.conversation = before
                 was_cut = True
             problem = self._keep(turn.conversation) or problem

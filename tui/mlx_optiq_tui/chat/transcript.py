@@ -44,7 +44,7 @@ __all__ = [
 FORMATTED_LINES = 120
 """Of an answer, and of the answers of a conversation that is opened, the newest first."""
 _LINE_CHARACTERS = 200
-_UNFORMATTED = "… what follows is too long to format and is shown as it was written"
+_UNFORMATTED = "… as it was written from here on: too long to format"
 
 _OUTCOMES = {"ran": "✓ ran", "refused": "✕ refused", "failed": "✕ failed"}
 _ENDS = {
@@ -117,7 +117,7 @@ class AnswerView(Vertical):
         self._message = message
         self._thought_words = 0
         self._lines, self._characters = lines, lines * _LINE_CHARACTERS
-        self._is_cut = False
+        self._has_head = self._is_cut = False
 
     def compose(self) -> ComposeResult:
         """Thoughts, text, cost."""
@@ -160,6 +160,7 @@ class AnswerView(Vertical):
         head, tail = split_after(text, self._lines, self._characters) if self._lines > 0 else ("", text)
         self._lines -= head.count("\n")
         self._characters -= len(head)
+        self._has_head |= bool(head)
         if tail and not self._is_cut:
             self._is_cut, self._lines = True, 0
             if self.is_mounted:
@@ -174,7 +175,7 @@ class AnswerView(Vertical):
     def finish(self, message: AssistantMessage) -> None:
         """Say what it cost."""
         self.query_one(Collapsible).title = self._thoughts_title(done=True)
-        self.query_one(Markdown).display = bool(message.text)
+        self.query_one(Markdown).display = self._has_head
         self.query_one(".end", Static).update(plain(stats_line(message)))
 
     def toggle_thoughts(self) -> None:
