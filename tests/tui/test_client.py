@@ -88,7 +88,7 @@ def test_refusals_are_told_in_the_servers_words() -> None:
     refuse = _transported(
         lambda _: httpx.Response(401, json={"error": {"message": "this server needs a key"}})
     )
-    with pytest.raises(Unauthorized, match="needs a key"):
+    with pytest.raises(Unauthorized, match="wants its key: give it in OPTIQ_API_KEY"):
         _run(refuse.status())
 
 

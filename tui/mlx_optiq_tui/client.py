@@ -211,7 +211,9 @@ class ServerClient:
             message = str(answer.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
             message = f"{self.url} answered {answer.status_code}; is it an optiq server?"
-        return Unauthorized(message) if answer.status_code == 401 else RequestError(message)
+        if answer.status_code == 401:
+            return Unauthorized(f"{self.url} wants its key: give it in OPTIQ_API_KEY or by --api-key-file")
+        return RequestError(message)
 
 
 def checked_url(url: str) -> str:
