@@ -94,7 +94,7 @@ class DataPane(Vertical):
 
     def on_mount(self) -> None:
         """Columns, and what was not saved last time."""
-        self.query_one(DataTable).add_columns("line", "form", "", "row")
+        self.query_one(DataTable).add_columns("row", "form", "", "content")
         draft = None if lab_of(self).is_demo else read_draft()
         if draft is not None and draft.rows:
             self.method = draft.method
