@@ -4,6 +4,8 @@ One widget for each hundred lines, so that a piece that comes lays out only the 
 ``transcript`` for what is too long for Markdown, for thoughts and for questions.
 """
 
+import time
+
 from textual.containers import Vertical
 from textual.widgets import Static
 
@@ -13,8 +15,10 @@ __all__ = ["LongText", "split_after"]
 
 _LINES, _CHARACTERS = 100, 8000
 """Of each widget."""
-_DRAW_S = 0.1
-"""Pieces that come within this are drawn together."""
+_DRAW_S, _LONGEST_S = 0.1, 2.0
+"""Pieces that come within this are drawn together; longer where drawing takes long, which keys wait for."""
+_REST = 4
+"""Of the time, drawing may take one part in so many and one."""
 
 
 class LongText(Vertical):
@@ -33,6 +37,7 @@ class LongText(Vertical):
     def __init__(self, text: str = "", classes: str = "") -> None:
         super().__init__(classes=classes)
         self._last, self._waiting, self._is_due = "", text, False
+        self._pause_s = _DRAW_S
 
     def on_mount(self) -> None:
         """Show what is there."""
@@ -43,10 +48,17 @@ class LongText(Vertical):
         self._waiting += text
         if not self._is_due:
             self._is_due = True
-            self.set_timer(_DRAW_S, self._draw)
+            self.set_timer(self._pause_s, self._draw)
+
+    def _drawn(self, begun: float) -> None:
+        self._pause_s = min(_LONGEST_S, max(_DRAW_S, _REST * (time.monotonic() - begun)))
+        self._is_due = False
+        if self._waiting:
+            self.add("")
 
     def _draw(self) -> None:
-        self._is_due = False
+        self._is_due = True
+        self.call_after_refresh(self._drawn, time.monotonic())
         begins = not self._last
         rest, self._waiting = self._last + plain(self._waiting), ""
         made = []
