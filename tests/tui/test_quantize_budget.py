@@ -1,6 +1,10 @@
 """What the quantize screen knows without a screen: sizes, budgets, comparison, commands."""
 
+import asyncio
+import threading
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,6 +32,7 @@ from mlx_optiq_tui.quantize.budget import (
 from mlx_optiq_tui.quantize.commands import convert_words, measure_words, places_of, score_words
 from mlx_optiq_tui.quantize.fit import fit_of, fit_table, machine_memory_nbytes
 from mlx_optiq_tui.quantize.model_facts import ModelFacts, facts_of_folder
+from mlx_optiq_tui.quantize.newest import Newest
 from mlx_optiq_tui.quantize.pictures import choice_text, curve_text, wishes_text
 from mlx_optiq_tui.quantize.recorded import recorded_table
 from mlx_optiq_tui.quantize.wishes import Wishes, bpw_of, pin_patterns
@@ -271,3 +276,74 @@ def test_the_slider_gives_what_optiq_allocate_gives(
         assert main(["allocate", str(file), *words[words.index("--target-bpw") :], "--json"]) == 0
         printed = msgspec.json.decode(capsys.readouterr().out, type=Allocation)
         assert printed == choose(table, bpw, wished)
+
+
+def test_a_window_makes_later_tokens_cheaper_and_the_longest_context_knows() -> None:
+    config = {**LLAMA, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
+    facts = ModelFacts(
+        source="acme/tiny", numel=1_000_000, config=config | {"max_position_embeddings": 10**6}
+    )
+    for memory in (257_050_000, 260_000_000, 300_000_000):
+        fit = fit_of(facts, "8 bits", 8.0, memory_nbytes=memory, context=32)
+        left = memory - fit.weights_nbytes - fit.room_nbytes
+        assert fit.longest_context is not None
+        most = facts.cache_nbytes(fit.longest_context)
+        more = facts.cache_nbytes(fit.longest_context + 1)
+        assert most is not None
+        assert more is not None
+        assert most <= left < more
+    none = fit_of(facts, "8 bits", 8.0, memory_nbytes=1_000_000, context=32)
+    assert none.longest_context == 0
+
+
+def test_a_narrower_cache_leaves_more_for_weights_and_context() -> None:
+    wide = ModelFacts(source="acme/tiny", numel=TABLE.total_numel, config=dict(LLAMA))
+    narrow = msgspec.structs.replace(wide, cache_bits=4.0)
+    assert wide.cache_nbytes(1000) == 4 * (narrow.cache_nbytes(1000) or 0)
+    paid = [bpw_of(TABLE, facts, memory="300MB", context=20_000) for facts in (wide, narrow)]
+    saved = (wide.cache_nbytes(20_000) or 0) - (narrow.cache_nbytes(20_000) or 0)
+    assert paid[1] - paid[0] == pytest.approx(8 * saved / TABLE.total_numel, abs=0.002)
+
+
+class Owner:
+    """As much of a widget as computing needs."""
+
+    is_attached = True
+    display = True
+
+    def __init__(self) -> None:
+        self.works: list[asyncio.Task[None]] = []
+
+    def run_worker(self, work: Coroutine[Any, Any, None]) -> None:
+        self.works.append(asyncio.ensure_future(work))
+
+
+def test_of_what_is_asked_meanwhile_only_the_newest_is_computed() -> None:
+    used: list[int] = []
+    computed: list[int] = []
+    go = threading.Event()
+
+    def compute(number: int) -> int:
+        go.wait(10)
+        computed.append(number)
+        return number
+
+    async def script(*, is_attached: bool) -> None:
+        owner = Owner()
+        newest: Newest[int] = Newest(owner, used.append)  # type: ignore[arg-type]
+        for number in range(5):
+            newest.ask(lambda number=number: compute(number))  # type: ignore[misc]
+            await asyncio.sleep(0)
+        assert newest.is_busy
+        assert not newest.is_wanted()
+        owner.is_attached = is_attached
+        go.set()
+        await asyncio.gather(*owner.works)
+        assert newest.is_busy is not is_attached
+
+    asyncio.run(script(is_attached=True))
+    assert used == computed == [0, 4]
+    go.clear()
+    asyncio.run(script(is_attached=False))
+    assert used == [0, 4]  # What is gone draws nothing.
+    assert computed == [0, 4, 0]

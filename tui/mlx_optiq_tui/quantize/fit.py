@@ -18,6 +18,7 @@ __all__ = ["Fit", "fit_of", "fit_table", "machine_memory_nbytes"]
 
 _WIDTHS = (8, 6, 5, 4, 3)
 _UNBOUNDED = 1 << 24
+"""More tokens than anyone asks for."""
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,13 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     memory_nbytes: int
     longest_context: int | None
     """Tokens whose cache still fits, as far as the model was made for; 0 where the weights alone do not."""
+
+    @property
+    def context_words(self) -> str:
+        """The longest context."""
+        if self.longest_context is None:
+            return "–"
+        return "any" if self.longest_context >= _UNBOUNDED else f"{self.longest_context:,}"
 
     @property
     def needed_nbytes(self) -> int:
@@ -105,5 +113,5 @@ def _cells(fit: Fit) -> tuple[str, ...]:
         format_nbytes(fit.weights_nbytes),
         "–" if fit.cache_nbytes is None else format_nbytes(fit.cache_nbytes),
         "✓ yes" if fit.fits else "✗ no",
-        "–" if fit.longest_context is None else f"{fit.longest_context:,}",
+        fit.context_words,
     )

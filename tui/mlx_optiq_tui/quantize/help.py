@@ -11,7 +11,7 @@ HELP_TEXT = """# Quantize
    place of bits. `p` goes into the map: arrow keys choose, Space reaches further (the module of every block,
    the block), `+` and `-` pin wider and narrower, Delete frees. `d` protects the edges. `v`: other pictures.
 3. **Convert**: `w` writes, verifies and scores; `y` copies that command; `s` scores, `o` opens the report.
-4. **KV cache** (`k`): measures the cache of the model to serve, chooses bits for every layer's keys and values,
-   and reckons with them in what fits.
+4. **KV cache** (`k`): measures the cache of the model to serve, chooses bits for the keys and values of every
+   layer, and reckons with them in what fits.
 
 Long work goes on when this screen is left."""

@@ -47,10 +47,10 @@ class ModelPane(VerticalScroll):
     ModelPane #facts { height: auto; }
     ModelPane .chosen { display: none; height: auto; }
     ModelPane.-chosen .chosen { display: block; }
-    ModelPane #table-row, ModelPane #source-row { height: 1; }
+    ModelPane #table-row, ModelPane #fit-row, ModelPane #source-row { height: 1; }
     ModelPane Label { width: 20; color: $text-muted; }
     ModelPane #source, ModelPane #table { width: 1fr; }
-    ModelPane #table-row Label { width: auto; margin-right: 1; }
+    ModelPane #cache-bits-label { width: auto; margin-right: 1; }
     ModelPane #context { width: 9; }
     ModelPane #cache-bits { width: 7; }
     ModelPane #measure { margin-left: 2; }
@@ -103,7 +103,8 @@ class ModelPane(VerticalScroll):
         with Horizontal(id="table-row", classes="chosen"):
             yield Label("Sensitivity file")
             yield Input(id="table", compact=True)
-            yield Label("  Context")
+        with Horizontal(id="fit-row", classes="chosen"):
+            yield Label("Context")
             yield Input(str(_CONTEXT), id="context", type="integer", compact=True)
             yield Label("  KV bits", id="cache-bits-label")
             yield Input(id="cache-bits", placeholder="full", type="number", compact=True)

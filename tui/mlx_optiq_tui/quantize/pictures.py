@@ -114,5 +114,5 @@ def _uniform(row: Uniform) -> str:
 
 def _fit_words(fit: Fit) -> str:
     if fit.fits:
-        return "✓ fits" + (f", {fit.longest_context:,} tokens of context" if fit.longest_context else "")
+        return "✓ fits" + (f", {fit.context_words} tokens of context" if fit.longest_context else "")
     return f"✗ needs {format_nbytes(fit.needed_nbytes)} of {format_nbytes(fit.memory_nbytes)}"

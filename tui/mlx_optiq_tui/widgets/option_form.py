@@ -15,6 +15,7 @@ from textual.widgets import Input, Label, Select, Static
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.formats.arguments import Option, check_value, flag_name, options_of
+from mlx_optiq_tui.widgets.tick import Tick
 
 __all__ = ["OptionForm"]
 
@@ -34,6 +35,7 @@ class OptionForm(VerticalScroll):
     OptionForm Horizontal { height: 1; width: 1fr; }
     OptionForm Label { width: 20; color: $text-muted; }
     OptionForm Input, OptionForm Select { width: 1fr; max-width: 28; }
+    OptionForm Tick { width: 8; }
     OptionForm #about { height: 3; color: $text-muted; }
     OptionForm #about.-wrong { color: $error; }
     OptionForm #fields { height: auto; layout: grid; grid-size: 2; grid-gutter: 0 2; grid-rows: 1; }
@@ -69,7 +71,9 @@ class OptionForm(VerticalScroll):
     def fill(self, name: str, value: object) -> None:
         """Put a value into a field."""
         field = self.query_one(f"#option-{name}")
-        if isinstance(field, Select):
+        if isinstance(field, Tick):
+            field.value = bool(value)
+        elif isinstance(field, Select):
             field.value = value
         elif isinstance(field, Input):
             field.value = str(value)
@@ -100,6 +104,8 @@ class OptionForm(VerticalScroll):
 
     def _value(self, option: Option) -> Any:
         field = self.query_one(f"#option-{option.name}")
+        if isinstance(field, Tick):
+            return field.value
         if isinstance(field, Select):
             return option.default if field.value == _UNSAID else field.value
         assert isinstance(field, Input)
@@ -113,9 +119,7 @@ def _field(option: Option) -> Widget:
     """The field of one option, filled with its default."""
     id = f"option-{option.name}"
     if option.kind is bool:
-        # Not a check box: there, a colour alone tells yes from no.
-        answers = [("no", False), ("yes", True)]
-        return Select(answers, value=bool(option.default), allow_blank=False, id=id, compact=True)
+        return Tick(value=bool(option.default), id=id, compact=True)
     if get_origin(option.kind) is not None and get_origin(option.kind) is not tuple:
         choices = [(str(choice), choice) for choice in get_args(option.kind)]
         if option.default is None:
