@@ -17,7 +17,8 @@ BODIES = {"/v1/chat/completions": CHAT, "/v1/messages": MESSAGES, "/v1/responses
 
 def _message(path: str, body: Any) -> str:
     with client_of(FakeEngine()) as client:
-        answered = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        text = body if isinstance(body, str) else json.dumps(body)
+        answered = client.post(path, content=text, headers={"content-type": "application/json"})
     assert answered.status_code == 400
     error = answered.json()["error"]
     if path != "/v1/messages" and error["param"] is not None:
@@ -90,6 +91,26 @@ def _content(block: Any) -> dict[str, Any]:
 )
 def test_a_wrong_field_is_named_with_what_would_work(path: str, fields: Any, message: str) -> None:
     assert _message(path, {**BODIES[path], **fields}) == message
+
+
+@pytest.mark.parametrize("number", ["1e99", "1" + "0" * 40, "2147483648"])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "max_tokens"),
+        ("/v1/chat/completions", "max_completion_tokens"),
+        ("/v1/chat/completions", "top_k"),
+        ("/v1/messages", "max_tokens"),
+        ("/v1/messages", "top_k"),
+        ("/v1/messages", "thinking.budget_tokens"),
+        ("/v1/responses", "max_output_tokens"),
+    ],
+)
+def test_an_absurd_number_is_refused_with_the_bound(path: str, field: str, number: str) -> None:
+    outer, _, inner = field.partition(".")
+    value = {"type": "enabled", inner: "NUMBER"} if inner else "NUMBER"
+    body = json.dumps({**BODIES[path], outer: value}).replace('"NUMBER"', number)
+    assert _message(path, body) == f"{field}: expected an integer <= 2147483647"
 
 
 @pytest.mark.parametrize("path", BODIES)

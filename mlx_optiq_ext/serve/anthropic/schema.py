@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from mlx_optiq_ext.serve.counts import MOST_TOKENS, TokenCount
+
 __all__ = [
     "Block",
     "CountTokensRequest",
@@ -155,7 +157,7 @@ class ThinkingConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the model thinks, for how many tokens, and whether the client sees it."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
-    budget_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    budget_tokens: TokenCount | None = None
     display: str | None = None
 
 
@@ -197,9 +199,9 @@ class CountTokensRequest(msgspec.Struct, frozen=True, kw_only=True):
 class MessagesRequest(CountTokensRequest, frozen=True, kw_only=True):
     """The body of ``/v1/messages``."""
 
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    max_tokens: TokenCount
     stream: bool | None = None
     stop_sequences: list[Annotated[str, msgspec.Meta(min_length=1)]] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)] | None = None

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from mlx_optiq_ext.serve.counts import TokenCount, TopK
+
 __all__ = [
     "MAX_STOPS",
     "ChatMessage",
@@ -30,7 +32,6 @@ MAX_STOPS = 16
 
 _Name = Annotated[str, Meta(min_length=1, max_length=256)]
 _Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
-_Tokens = Annotated[int, Meta(ge=1)]
 _Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 _Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 _Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -161,13 +162,13 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     seed: _Seed | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: _Fraction | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: TopK | None = None
     min_p: _Fraction | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
-    max_tokens: _Tokens | None = None
+    max_tokens: TokenCount | None = None
     response_format: ResponseFormat | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
@@ -182,7 +183,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_completion_tokens: _Tokens | None = None
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[ToolDefinition] | None = None

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from mlx_optiq_ext.serve.counts import TokenCount
+
 __all__ = [
     "ContentPart",
     "InputTokensRequest",
@@ -149,7 +151,7 @@ class ResponsesRequest(InputTokensRequest, frozen=True, kw_only=True):
     store: bool | None = None
     background: bool | None = None
     include: list[str] | None = None
-    max_output_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)] | None = None
