@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_optiq_ext.allocate.size import head_room_nbytes
 
-__all__ = ["CacheSizes", "default_limit_nbytes", "server_head_room_nbytes"]
+__all__ = ["CacheSizes", "default_limit_nbytes", "least_limit", "server_head_room_nbytes"]
 
 _SHARE = 0.75
 _HEAD_ROOM_LEAST = 128_000_000
@@ -73,3 +73,11 @@ def default_limit_nbytes() -> int:
 def server_head_room_nbytes(limit: int) -> int:
     """What a server leaves for activations: a tenth of its limit, at least 128 MB."""
     return head_room_nbytes(limit, _HEAD_ROOM_LEAST)
+
+
+def least_limit(nbytes: int) -> str:
+    """The least ``--memory`` of a server that is to hold ``nbytes``, as it can be typed: ``230MB``."""
+    limit = nbytes + _HEAD_ROOM_LEAST
+    while limit - server_head_room_nbytes(limit) < nbytes:
+        limit += max(nbytes // 100, 1)
+    return f"{-(-limit // 1_000_000)}MB"

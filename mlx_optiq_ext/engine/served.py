@@ -18,7 +18,7 @@ from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
 from mlx_optiq_ext.engine.defaults import default_sampling
 from mlx_optiq_ext.engine.embed import embed_in_pieces
-from mlx_optiq_ext.engine.memory import CacheSizes
+from mlx_optiq_ext.engine.memory import CacheSizes, least_limit
 from mlx_optiq_ext.engine.prompt import Rendered, Renderer
 from mlx_optiq_ext.engine.prompt_size import longest_token, require_tokenizable
 from mlx_optiq_ext.engine.snapshot import forgets
@@ -138,17 +138,17 @@ class Loaded:
     def require_context(self, cache_nbytes: int) -> None:
         """See that ``cache_nbytes`` of KV cache hold a short prompt.
 
-        Raises:
-            NoRoom: They do not.
+        Raises NoRoom where they do not.
         """
         least = min(_LEAST_CONTEXT, self._most_context)
         fits = self.sizes.tokens_within(cache_nbytes, self._most_context)
         if fits < least:
+            wanted = self.weights_nbytes + self.sizes.nbytes(least)
             raise NoRoom(
                 f"{self.spec.name}: {format_nbytes(self.weights_nbytes)} of weights leave "
-                f"{format_nbytes(max(0, cache_nbytes))} for the KV cache, enough for {fits} tokens; raise "
-                "--memory, or serve a smaller model",
-                self.weights_nbytes + self.sizes.nbytes(least),
+                f"{format_nbytes(max(0, cache_nbytes))} for the KV cache, enough for {fits} tokens; alone it "
+                f"needs --memory {least_limit(wanted)}, or serve a smaller model",
+                wanted,
             )
 
     def limit_context(self, cache_nbytes: int) -> None:
@@ -241,7 +241,7 @@ def load(spec: ModelSpec, options: ServeOptions, limit_nbytes: int, progress: Pr
     if needed > limit_nbytes:
         raise NoRoom(
             f"{spec.name}: {format_nbytes(needed)} of weights, and {format_nbytes(max(0, limit_nbytes))} are "
-            "left for weights; raise --memory, or quantize it with `optiq convert`",
+            f"left for them; alone it needs --memory {least_limit(needed)}, or quantize it (`optiq convert`)",
             needed,
         )
     tokenizer = load_tokenizer(spec.ref, trust_remote_code=options.trust_remote_code)

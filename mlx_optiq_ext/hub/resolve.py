@@ -71,7 +71,7 @@ def check_model_folder(folder: Path) -> None:
             raise ModelNotFound(
                 f"{folder} holds GGUF files; use DIR of `optiq import-gguf {ggufs[0]} -o DIR`"
             )
-        raise ModelNotFound(f"{folder} has no config.json; give the folder of a Hugging Face or MLX model")
+        raise ModelNotFound(_no_model(folder))
     _require_json_object(folder / "config.json")
     if not any(folder.glob("model*.safetensors")):
         raise ModelNotFound(f"{folder} has no model*.safetensors; {_weights_hint(folder)}")
@@ -81,6 +81,19 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} lacks {len(missing)} of its weight files, {missing[0]} among them; download it again"
             " to complete it"
         )
+
+
+def _no_model(folder: Path) -> str:
+    """Why a folder without config.json is no model, and what would be one."""
+    if not folder.exists():
+        return f"there is no folder {folder}; give the folder of a Hugging Face or MLX model"
+    inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
+    if inside:
+        named = ", ".join(inside[:3]) + (f" and {len(inside) - 3} more" if inside[3:] else "")
+        return (
+            f"{folder} is no model but holds some: {named}; name one (`optiq serve --models-dir` takes all)"
+        )
+    return f"{folder} has no config.json; give the folder of a Hugging Face or MLX model"
 
 
 def _require_json_object(file: Path) -> None:

@@ -256,10 +256,20 @@ def test_an_idle_model_is_unloaded_and_comes_back(folder: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
-    engine = LocalEngine([spec_of(folder)], _options(memory="129MB"))
-    with pytest.raises(ResourceError, match=r"tiny: .* of weights, and .* are left for weights"):
-        engine.start()
-    engine.close()
+    memory, said = "129MB", []
+    for _ in range(3):  # What is named is enough for the weights, and then for a short prompt besides.
+        engine = LocalEngine([spec_of(folder)], _options(memory=memory))
+        try:
+            engine.start()
+            break
+        except ResourceError as error:
+            said.append(str(error))
+            memory = said[-1].partition("alone it needs --memory ")[2].split(",")[0]
+        finally:
+            engine.close()
+    assert said[0].startswith("tiny: ")
+    assert "are left for them" in said[0]
+    assert 1 <= len(said) <= 2
 
 
 def test_the_context_is_what_the_memory_holds(tmp_path: Path) -> None:

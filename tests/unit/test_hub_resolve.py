@@ -2,13 +2,14 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from support_hub import COMMIT, FakeHub, serve, use_endpoint, use_hub
 
 from mlx_optiq_ext.errors import ModelNotFound, ResourceError, UsageError
-from mlx_optiq_ext.hub.resolve import resolve_model
+from mlx_optiq_ext.hub.resolve import check_model_folder, resolve_model
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -270,3 +271,12 @@ def go_offline(hub, how, monkeypatch):
         use_endpoint("http://127.0.0.1:9", monkeypatch)
     else:
         hub.status = 503
+
+
+def test_a_folder_of_models_and_no_folder_are_told_apart_from_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="there is no folder"):
+        check_model_folder(tmp_path / "nowhere")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match=r"no model but holds some: one; name one .*--models-dir"):
+        check_model_folder(tmp_path)
