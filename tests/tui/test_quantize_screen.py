@@ -256,7 +256,7 @@ async def offline_the_cache_is_offered(
 
 async def a_folder_that_is_none_is_refused(pilot: Pilot[Any], app: LabApp, path: Path) -> None:
     await look_for(pilot, app, str(path))
-    await until(pilot, lambda: "no config.json" in text_of(app, "#said"))
+    await until(pilot, lambda: "there is no folder" in text_of(app, "#said"))
     await pilot.press("escape", "e")
     assert app.jobs.all == []
     assert not app.screen.query_one(JobPanel).display
