@@ -102,7 +102,7 @@ def _bounds(schema: dict[str, Any]) -> str:
     most = schema.get("maximum", schema.get("exclusiveMaximum"))
     if (least is None and most is None) or abs(least or 0) > 1e9:
         return ""
-    return f" {'' if least is None else f'{least:g}'}…{'' if most is None else f'{most:g}'}"
+    return f" {'' if least is None else f'{least:.12g}'}…{'' if most is None else f'{most:.12g}'}"
 
 
 def _short(name: str) -> str:
