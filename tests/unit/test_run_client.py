@@ -53,9 +53,24 @@ FAKE_SERVER = """\
 """
 
 
+_asked: list[str] = []
+"""Of the server, by its clients."""
+
+
 class _Answers(BaseHTTPRequestHandler):
+    told = STATUS
+
     def do_GET(self) -> None:
-        body = msgspec.json.encode(STATUS) if self.path == "/optiq/status" else b'{"ok": true}'
+        _asked.append(f"GET {self.path}")
+        body = msgspec.json.encode(self.told) if self.path == "/optiq/status" else b'{"ok": true}'
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        _asked.append(f"POST {self.path}")
+        body = msgspec.json.encode(STATUS)
+        self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
@@ -230,6 +245,21 @@ def test_a_dry_run_shows_all_and_runs_nothing(
     assert "ANTHROPIC_API_KEY" in plan["unset"]
     assert "a-secret" not in shown
     assert not claude.exists()
+
+
+def test_a_dry_run_loads_no_model_of_a_running_server(
+    url: str, claude: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = msgspec.structs.replace(MODEL, loaded=False, context=0)
+    monkeypatch.setattr(_Answers, "told", msgspec.structs.replace(STATUS, models=(idle,)))
+    _asked.clear()
+    assert main(["run", "claude-code", "-m", "tiny", "--url", url, "--dry-run", "--json"]) == 0
+    assert {each.partition(" ")[0] for each in _asked} == {"GET"}
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["is_assumed"]
+    assert plan["server"] == []
+    assert main(["run", "claude-code", "-m", "tiny", "--url", url]) == 3
+    assert "POST /optiq/models/load" in _asked, "a session loads it"
 
 
 def test_a_dry_run_reads_as_text(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,13 +152,13 @@ def _status(args: argparse.Namespace, url: str, method: str, path: str, body: ob
         raise RequestError(f"{url}: answers, but not as an optiq server of this version ({error})") from error
 
 
-def _facts(args: argparse.Namespace, url: str, choice: ServerChoice) -> ClientFacts:
-    """What the server says of the model, which is loaded for it."""
+def _facts(args: argparse.Namespace, url: str, choice: ServerChoice, *, load: bool = True) -> ClientFacts:
+    """What the server says of the model, which is loaded for it, or assumed where it is not to be."""
     status = _status(args, url, "GET", "/optiq/status")
     name = named_as(status, choice.model) or ""
     key = read_api_key(args.api_key_file)
     facts = served_facts(status, url, name, key)
-    if facts.is_assumed:
+    if facts.is_assumed and load:
         body = {"model": name.partition("@")[0]}
         status = _status(args, url, "POST", "/optiq/models/load", body)
         facts = served_facts(status, url, name, key)
@@ -174,7 +174,7 @@ def _plan(args: argparse.Namespace, client: Client, choice: ServerChoice, comman
     folder = Path(tempfile.gettempdir()) / f"optiq-{client.name}-…"
     key = read_api_key(args.api_key_file)
     if choice.is_running:
-        facts = _facts(args, choice.url, choice)
+        facts = _facts(args, choice.url, choice, load=False)
     else:
         name = Path(choice.model).expanduser().name if Path(choice.model).is_dir() else choice.model
         port = command[command.index("--port") + 1]
