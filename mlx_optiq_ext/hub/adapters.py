@@ -62,7 +62,7 @@ def fetch_adapter(repo_id: str) -> Path:
         with hidden_bars():
             folder = Path(snapshot_download(repo_id, allow_patterns=_FILES))
     except HUB_ERRORS as error:
-        raise explain_hub_error(error, repo_id, None) from error
+        raise explain_hub_error(error, repo_id, None, kind="an adapter") from error
     if not (folder / "adapter_config.json").is_file():
         raise ModelNotFound(f"{repo_id} has no adapter_config.json; it is no adapter of mlx-lm or PEFT")
     return folder

@@ -39,7 +39,7 @@ def fetch_dataset(repo_id: str, names: Mapping[str, Sequence[str]]) -> dict[str,
     except HUB_ERRORS as error:
         cached = _find_cached(repo_id) if is_unreachable(error) else None
         if cached is None:
-            raise explain_hub_error(error, repo_id, None) from error
+            raise explain_hub_error(error, repo_id, None, kind="a data set") from error
         files = [path.relative_to(cached).as_posix() for path in cached.rglob("*.jsonl")]
         found = {
             split: [cached / file for file in chosen] for split, chosen in split_files(files, names).items()

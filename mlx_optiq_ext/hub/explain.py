@@ -41,13 +41,16 @@ def is_unreachable(error: Exception) -> bool:
     return isinstance(error, no_answer)
 
 
-def explain_hub_error(error: Exception, repo_id: str, revision: str | None) -> OptiqError:
+def explain_hub_error(
+    error: Exception, repo_id: str, revision: str | None, *, kind: str = "a model"
+) -> OptiqError:
     """The error of ours that tells what happened and what would work.
 
     Args:
         error: One of :data:`HUB_ERRORS`.
         repo_id: Repository that was asked for.
         revision: Revision that was asked for, if any.
+        kind: What was looked for, with its article.
     """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return ResourceError(
@@ -73,13 +76,13 @@ def explain_hub_error(error: Exception, repo_id: str, revision: str | None) -> O
         return ModelNotFound(f"{repo_id!r} is neither a folder here nor a Hub id (ORGANISATION/NAME)")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return ModelNotFound(
-            f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give a model folder"
+            f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set; unset it, or give the folder of {kind}"
         )
     if is_unreachable(error):
         status = f" (status {_status(error)})" if _status(error) else f" ({type(error).__name__})"
         return ModelNotFound(
             f"the Hub did not answer for {repo_id}{status}, and no copy is in the cache; check the"
-            " connection and run again, or give a model folder"
+            f" connection and run again, or give the folder of {kind}"
         )
     return ModelNotFound(f"{repo_id} could not be read from the Hub: {type(error).__name__}: {error}")
 

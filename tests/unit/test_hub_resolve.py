@@ -9,6 +9,8 @@ from huggingface_hub import constants
 from support_hub import COMMIT, FakeHub, serve, use_endpoint, use_hub
 
 from mlx_optiq_ext.errors import ModelNotFound, ResourceError, UsageError
+from mlx_optiq_ext.hub.adapters import fetch_adapter
+from mlx_optiq_ext.hub.dataset import fetch_dataset
 from mlx_optiq_ext.hub.resolve import check_model_folder, resolve_model
 
 FILES = {
@@ -186,6 +188,22 @@ def test_unreachable_hub_without_a_copy_is_explained(hub, offline, message, monk
     go_offline(hub, offline, monkeypatch)
     with pytest.raises(ModelNotFound, match=message):
         resolve_model("org/model")
+
+
+@pytest.mark.parametrize("offline", ["mode", "server"])
+def test_what_was_looked_for_is_what_is_asked_for(hub, offline, monkeypatch):
+    go_offline(hub, offline, monkeypatch)
+    for kind, fetch in (
+        ("a model", resolve_model),
+        ("an adapter", fetch_adapter),
+        ("a data set", _fetch_data),
+    ):
+        with pytest.raises(ModelNotFound, match=f"give the folder of {kind}$"):
+            fetch("org/thing")
+
+
+def _fetch_data(repo_id):
+    return fetch_dataset(repo_id, {"train": ("train",)})
 
 
 @pytest.mark.parametrize("offline", ["mode", "server", None])
