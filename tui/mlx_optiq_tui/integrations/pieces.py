@@ -6,10 +6,10 @@ Knows the clients' registry and no widget.
 import msgspec
 
 from mlx_optiq_integrations.client import Client, ConfigFile
-from mlx_optiq_integrations.facts import NO_KEY, ClientFacts
+from mlx_optiq_integrations.facts import ClientFacts
 from mlx_optiq_integrations.merge import fresh_text
 
-__all__ = ["Piece", "hidden", "pieces_of"]
+__all__ = ["Piece", "pieces_of"]
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,8 +45,3 @@ def pieces_of(client: Client, facts: ClientFacts) -> tuple[Piece, ...]:
             for snippet in snippets
         ),
     )
-
-
-def hidden(text: str, facts: ClientFacts) -> str:
-    """The text as it may be shown: without the key."""
-    return text if facts.api_key == NO_KEY else text.replace(facts.api_key, "•" * 8)

@@ -17,9 +17,10 @@ from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_ext.types.status import ClientStatus, EngineStatus
 from mlx_optiq_integrations.client import Client, ConfigFile, all_clients
 from mlx_optiq_integrations.facts import ClientFacts, served_facts
+from mlx_optiq_integrations.shown import mask
 from mlx_optiq_integrations.user_files import Change, UserFiles
 from mlx_optiq_tui.client import DEFAULT_URL
-from mlx_optiq_tui.integrations.pieces import Piece, hidden, pieces_of
+from mlx_optiq_tui.integrations.pieces import Piece, pieces_of
 from mlx_optiq_tui.lab_screen import EmptyState, LabScreen
 from mlx_optiq_tui.question import Question
 
@@ -125,7 +126,7 @@ beside it; `z` brings that back. A key is hidden here and is in what is copied."
             piece = pieces[self._part % len(pieces)]
             number = f" ({self._part % len(pieces) + 1} of {len(pieces)})" if len(pieces) > 1 else ""
             about.append(f"\n\n{piece.title}{number}", "bold")
-            shown = hidden(piece.text.rstrip("\n"), self._facts)
+            shown = mask(piece.text.rstrip("\n"), self._facts)
             text.update(Syntax(shown, piece.language, theme="ansi_dark", word_wrap=True))
         else:
             text.update("")
@@ -181,7 +182,7 @@ beside it; `z` brings that back. A key is hidden here and is in what is copied."
             self.notify(f"{change.path} is like that already")
             return
         assert self._facts is not None
-        question = f"{change.path}\n\n{hidden(change.diff, self._facts)}"
+        question = f"{change.path}\n\n{mask(change.diff, self._facts)}"
         self.app.push_screen(
             Question(question, yes="Write" if what == "write" else "Bring back"),
             lambda agreed: self._done(files, change, do) if agreed else None,
