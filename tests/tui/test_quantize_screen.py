@@ -127,8 +127,8 @@ async def choose_cache(pilot: Pilot[Any], app: LabApp, out: Path) -> None:
     config = read_kv_config(out)
     assert [layer.k.label in text_of(app, "#kv-result") for layer in config.layers] == [True, True]
     assert screen.query_one(ModelPane).cache_bits == pytest.approx(config.bits_per_number, abs=0.05)
-    assert screen.facts is not None
-    assert screen.facts.cache_bits == screen.query_one(ModelPane).cache_bits
+    bits = screen.query_one(ModelPane).cache_bits
+    await until(pilot, lambda: screen.facts is not None and screen.facts.cache_bits == bits)
 
 
 def test_the_budget_answers_keys_and_mouse() -> None:
