@@ -68,6 +68,11 @@ class Renderer:
         self._form = find_form(self._applied, self._control, self._syntax)
         _log.debug("the chat template takes %s", self._form)
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the template has thinking."""
+        return self._thinking.is_offered
+
     def render(self, request: Generation) -> Rendered:
         """The prompt of a request.
 

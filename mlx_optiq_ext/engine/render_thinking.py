@@ -11,6 +11,8 @@ from mlx_optiq_ext.types.chat import ReasoningOptions
 
 __all__ = ["Thinking"]
 
+_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_STRING = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 _NEAREST = {"minimal": "low", "xhigh": "high"}
 
 
@@ -27,12 +29,23 @@ class Thinking:
         self._tokenizer = tokenizer
         self._template = template
         self._default = {"auto": None, "on": True, "off": False}[default]
+        code = _STRING.sub("''", " ".join(_CODE.findall(template)))
         self._variables = {
             name
             for name in ("thinking", "reasoning_effort", "thinking_budget")
-            if re.search(rf"(?<![\w.'\"]){name}\b", template)
+            if re.search(rf"(?<![\w.]){name}\b", code)
         }
         self._switches = tokenizer.has_chat_template and self._prompt(True) != self._prompt(False)
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether the template has thinking: a switch or a variable for it, or the family's own tags in it.
+
+        A vocabulary may have the tags without the model ever having learnt them.
+        """
+        tags = (self._tokenizer.think_start, self._tokenizer.think_end)
+        has_tags = self._tokenizer.has_thinking and any(tag and tag in self._template for tag in tags)
+        return self._switches or bool(self._variables) or has_tags
 
     def keywords(self, options: ReasoningOptions) -> dict[str, Any]:
         """Arguments of the template for a request."""

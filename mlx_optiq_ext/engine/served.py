@@ -217,7 +217,7 @@ class Loaded:
             bpw=self._bpw,
             adapters=self.adapters.names,
             kv_bits=self.kv.bits_per_number if self.kv is not None else None,
-            thinks=bool(self.tokenizer.has_thinking),
+            thinks=self.renderer.thinks,
             calls_tools=bool(self.tokenizer.has_tool_calling),
         )
 

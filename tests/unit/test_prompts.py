@@ -182,6 +182,28 @@ def test_thinking_is_switched_by_the_template_or_closed_behind_it():
 
 
 @pytest.mark.parametrize(
+    ("template", "in_vocabulary", "thinks"),
+    [
+        (TEMPLATES["chatml"], True, True),
+        (TEMPLATES["headers"], True, True),
+        (TEMPLATES["small"], True, False),
+        (TEMPLATES["small"], False, False),
+        (TEMPLATES["inst"], True, False),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", True, True),
+        ("{% if thinking %}Think.{% endif %}{{ messages[0].content }}", False, True),
+        ("Effort: {{ reasoning_effort }} {{ messages[0].content }}", False, True),
+        ("The thinking of {{ messages[0].content }}", True, False),
+        ("{{ 'No thinking, no reasoning_effort.' }} {{ messages[0].content }}", True, False),
+        (None, True, False),
+    ],
+)
+def test_whether_a_model_thinks_is_told_by_its_template(template, in_vocabulary, thinks):
+    wrapped = templated("small" if template else None, thinks=in_vocabulary)
+    wrapped._tokenizer.chat_template = template
+    assert Renderer(wrapped).thinks == thinks
+
+
+@pytest.mark.parametrize(
     ("effort", "shown"),
     [("minimal", "low"), ("low", "low"), ("high", "high"), ("xhigh", "high"), (None, "medium")],
 )
