@@ -9,12 +9,13 @@ import mlx.core as mx
 import pytest
 from support_serving import tiny_folder
 
-from mlx_optiq_ext.cli.commands.serve import start_engine
+from mlx_optiq_ext.cli.commands.serve import banner, start_engine
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_ext.cli.served_models import find_models
 from mlx_optiq_ext.errors import ModelNotFound, OptiqError, UsageError
 from mlx_optiq_ext.types.progress import ignore_progress
 from mlx_optiq_ext.types.serve import ServeOptions
+from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus, ServedModel
 
 
 def test_a_port_in_use_is_said_before_the_model_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,3 +167,33 @@ def test_a_model_that_does_not_load_makes_way_for_the_next(
     assert "--models-dir: a is left out: " in caplog.text
     with pytest.raises(OptiqError):
         start_engine(specs[:1], options, ignore_progress)
+
+
+def test_the_banner_names_adapters_and_whether_they_belong_to_the_weights() -> None:
+    models = (
+        ServedModel(
+            id="one", loaded=True, context=4096, bpw=3.5075, created=0, source="s", weights_nbytes=10**9
+        ),
+        ServedModel(id="two", loaded=False, context=0, created=0, source="s"),
+    )
+    adapters = tuple(
+        AdapterStatus(
+            name=name,
+            model="one",
+            source="s",
+            rank=8,
+            nbytes=2_500_000,
+            fits_base=fits,
+            is_default=fits is None,
+        )
+        for name, fits in (("own", True), ("other", False), ("silent", None))
+    )
+    status = EngineStatus(state="ready", version="1", uptime_s=0.0, models=models, adapters=adapters)
+    lines = banner(("http://127.0.0.1:1",), status, needs_key=False).splitlines()
+    assert lines[1] == "  one: 1.00 GB, 3.51 bits per weight, full-precision KV cache, context 4,096"
+    assert lines[2:5] == [
+        "    adapter own: rank up to 8, 2.5 MB, trained on these weights",
+        "    adapter other: rank up to 8, 2.5 MB, trained on OTHER weights: its answers may be poor",
+        "    adapter silent, default: rank up to 8, 2.5 MB, does not say on which weights it was trained",
+    ]
+    assert lines[5] == "  two: loaded when a request names it"

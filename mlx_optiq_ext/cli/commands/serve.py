@@ -20,13 +20,13 @@ from mlx_optiq_ext.formats.arguments import add_options, options_from
 from mlx_optiq_ext.types.nbytes import parse_nbytes
 from mlx_optiq_ext.types.progress import ProgressSink
 from mlx_optiq_ext.types.serve import ServeOptions
-from mlx_optiq_ext.types.status import EngineStatus, ServedModel
+from mlx_optiq_ext.types.status import AdapterStatus, EngineStatus, ServedModel
 
 if TYPE_CHECKING:  # these import MLX
     from mlx_optiq_ext.engine.engine import LocalEngine
     from mlx_optiq_ext.engine.served import ModelSpec
 
-__all__ = ["Serving", "add_arguments", "run", "start_engine"]
+__all__ = ["Serving", "add_arguments", "banner", "run", "start_engine"]
 
 _log = logging.getLogger(__name__)
 _MODULES = ("mlx_lm.models.base", "mlx_lm.models.cache")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 memory_limit_nbytes=status.memory_limit_nbytes,
                 needs_key=key is not None,
             ),
-            _banner(urls, status, needs_key=key is not None),
+            banner(urls, status, needs_key=key is not None),
         )
 
     return run_server(app, engine, options, on_listening=listening)
@@ -141,8 +141,14 @@ def _log_to_stderr(level: str) -> None:
     logging.getLogger("mlx_optiq_ext").setLevel(min(shown, logging.INFO))
 
 
-def _banner(urls: Sequence[str], status: EngineStatus, *, needs_key: bool) -> str:
-    """What is on, and where."""
+def banner(urls: Sequence[str], status: EngineStatus, *, needs_key: bool) -> str:
+    """Write what is on, and where.
+
+    Args:
+        urls: Where the server listens, the first from this machine.
+        status: Of the engine.
+        needs_key: Whether requests need one.
+    """
     gb, url = 1e9, urls[0]
     lines = [f"optiq serves on {' and '.join(urls)}" + (" (API key needed)" if needs_key else "")]
     for model in status.models:
@@ -154,6 +160,7 @@ def _banner(urls: Sequence[str], status: EngineStatus, *, needs_key: bool) -> st
         lines.append(
             f"  {model.id}: {model.weights_nbytes / gb:.2f} GB, {bits}, {cache}, context {model.context:,}"
         )
+        lines += [_adapter_line(each) for each in status.adapters if each.model == model.id]
     lines.append(
         f"  memory {status.memory_limit_nbytes / gb:.1f} GB, prefix cache up to "
         f"{status.prefix_cache.limit_nbytes / gb:.1f} GB, {status.max_rows} requests at once"
@@ -164,3 +171,15 @@ def _banner(urls: Sequence[str], status: EngineStatus, *, needs_key: bool) -> st
         f"  health, metrics, API description: {url}/health {url}/metrics {url}/schema",
     ]
     return "\n".join(lines)
+
+
+def _adapter_line(adapter: AdapterStatus) -> str:
+    """Its name, how large, and whether it belongs to these weights."""
+    fits = {
+        True: "trained on these weights",
+        False: "trained on OTHER weights: its answers may be poor",
+        None: "does not say on which weights it was trained",
+    }[adapter.fits_base]
+    default = ", default" if adapter.is_default else ""
+    megabytes = adapter.nbytes / 1e6
+    return f"    adapter {adapter.name}{default}: rank up to {adapter.rank}, {megabytes:.1f} MB, {fits}"
