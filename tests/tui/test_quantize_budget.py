@@ -121,8 +121,11 @@ def test_a_folder_tells_its_weights_and_architecture(tmp_path: Path) -> None:
     assert facts.float_bits == 16
     assert facts.architecture == "llama, 2 blocks, 128 wide"
     assert not facts.is_quantized
-    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+    with pytest.raises(ModelNotFound, match="holds some: tiny"):
         facts_of_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        facts_of_folder(tmp_path / "empty")
 
 
 def test_this_machine_has_memory() -> None:

@@ -77,8 +77,6 @@ def test_a_model_is_measured_converted_and_its_cache_chosen(
         assert app.jobs.all[-1].error == ""
         assert (out / "config.json").is_file()
         assert "held-out tokens" in text_of(app, "#result")
-        await pilot.press("w")  # What is there is not written over.
-        await until(pilot, lambda: "already exists" in text_of(app, "JobPanel"))
         await pilot.press("o")
         await until(pilot, lambda: bool(opened))
         assert opened == [out.with_name(out.name + ".html").as_uri()]
