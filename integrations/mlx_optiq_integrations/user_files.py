@@ -16,7 +16,7 @@ import msgspec
 from mlx_optiq_ext.errors import ResourceError, UsageError
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic, write_json_atomic
 from mlx_optiq_integrations.client import ConfigFile
-from mlx_optiq_integrations.hide import hide_keys
+from mlx_optiq_integrations.hide import hide_blocks, hide_keys
 from mlx_optiq_integrations.merge import Unreadable, merged_text
 
 __all__ = ["Change", "UserFiles"]
@@ -42,8 +42,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     def diff(self) -> str:
         """The change as a unified diff, for a screen: values of keys and tokens are left out."""
         lines = difflib.unified_diff(
-            (self.before or "").splitlines(keepends=True),
-            (self.after or "").splitlines(keepends=True),
+            hide_blocks(self.before or "").splitlines(keepends=True),
+            hide_blocks(self.after or "").splitlines(keepends=True),
             "/dev/null" if self.before is None else str(self.path),
             "/dev/null" if self.after is None else str(self.path),
         )

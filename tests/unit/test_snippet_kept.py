@@ -14,9 +14,9 @@ from ruamel.yaml import YAML
 from mlx_optiq_ext.cli.main import main
 from mlx_optiq_integrations.client import ConfigFile, Setting, find_client
 from mlx_optiq_integrations.facts import NO_KEY, assumed_facts
-from mlx_optiq_integrations.hide import hide_keys
+from mlx_optiq_integrations.hide import hide_blocks, hide_keys
 from mlx_optiq_integrations.merge import Unreadable, merged_text
-from mlx_optiq_integrations.user_files import UserFiles
+from mlx_optiq_integrations.user_files import Change, UserFiles
 
 OURS = (Setting(("env", "B"), "c"),)
 NOBODY = "http://127.0.0.1:9"
@@ -107,6 +107,37 @@ def test_yaml_of_any_indentation_survives(
 )
 def test_values_of_keys_are_left_out(line: str, shown: str | None) -> None:
     assert hide_keys(f"-{line}\n+after\n") == f"-{shown or line}\n+after\n"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        'key = """-----BEGIN\nSECRET-1\nSECRET-2"""',
+        "key = '''SECRET-0\nSECRET-1'''",
+        "api_key: |\n  SECRET-1\n\n  SECRET-2",
+        "- api_key: >-\n    SECRET-1\n    SECRET-2",
+        '"token": "SECRET-0\n  SECRET-1\\" SECRET-2"',
+        "password: SECRET-0\n  SECRET-1",
+        "password:\n  SECRET-1",
+    ],
+)
+def test_values_over_several_lines_are_left_out_of_diffs(value: str, tmp_path: Path) -> None:
+    text = f"{value}\nlast: shown\n"
+    hidden = hide_keys(hide_blocks(text))
+    assert "SECRET" not in hidden
+    assert hidden.endswith("last: shown\n")
+    assert hidden.count("\n") == text.count("\n")
+    change = Change(path=tmp_path / "a", before=text, after=f"{text}more: 1\n")
+    assert "SECRET" not in change.diff
+    assert "+more: 1" in change.diff
+
+
+def test_what_is_no_secret_stays_as_it_is() -> None:
+    text = (
+        "token:\n  kind: oauth\n  list:\n    - a\nmodel: |\n  text\n"
+        '{"token": {\n  "kind": 1\n}}\napi_key: sk-1\nnext:\n  deeper: 1\nkey = [\n  "a"\n]\n'
+    )
+    assert hide_blocks(text) == text
 
 
 @pytest.mark.parametrize("key_is_known", [True, False])
