@@ -16,7 +16,7 @@ from mlx_optiq_ext.errors import RequestError, UnsupportedModel
 from mlx_optiq_ext.models.families import find_blocks
 from mlx_optiq_ext.models.intercept import intercepted
 
-__all__ = ["embed", "embed_in_pieces"]
+__all__ = ["embed", "embed_in_pieces", "groups"]
 
 _ROWS = 8
 _TOGETHER = 4096
@@ -58,15 +58,19 @@ def embed_in_pieces(
             raise RequestError(f"input {index} has no tokens: there is nothing to embed", param="input")
     head = _Head(model)
     vectors: dict[int, tuple[float, ...]] = {}
-    for group in _groups([len(tokens) for tokens in inputs]):
+    for group in groups([len(tokens) for tokens in inputs]):
         means = yield from _means(model, head, [inputs[index] for index in group])
         vectors.update(zip(group, map(tuple, means.tolist()), strict=True))
         mx.clear_cache()
     return tuple(vectors[index] for index in range(len(inputs)))
 
 
-def _groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of inputs that are computed together, of like length: what is padded is computed for nothing."""
+def groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of inputs that are computed together, of like length: what is padded is computed for nothing.
+
+    Args:
+        lengths: Tokens of each input.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         last = groups[-1] if groups else []

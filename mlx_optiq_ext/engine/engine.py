@@ -17,12 +17,12 @@ from msgspec.structs import replace
 
 from mlx_optiq_ext.allocate.size import parse_nbytes
 from mlx_optiq_ext.engine.adapter_desk import AdapterDesk, parse_adapters
+from mlx_optiq_ext.engine.embeddings import embed_inputs
 from mlx_optiq_ext.engine.job import Job
 from mlx_optiq_ext.engine.log_ring import LogRing
 from mlx_optiq_ext.engine.memory import default_limit_nbytes
 from mlx_optiq_ext.engine.names import ModelNames
 from mlx_optiq_ext.engine.owner import Owner
-from mlx_optiq_ext.engine.pieces import run_in_pieces
 from mlx_optiq_ext.engine.prefixes import build_prefix_cache
 from mlx_optiq_ext.engine.prompt_thread import PromptThread
 from mlx_optiq_ext.engine.report import engine_status
@@ -155,7 +155,7 @@ class LocalEngine:
         spec = self._specs[self._require_ready(Generation(model=model))]
         self._prompts.run(
             spec,
-            lambda loaded: run_in_pieces(self._owner, spec, loaded.embed(inputs), future),
+            lambda loaded: embed_inputs(self._owner, loaded, inputs, future),
             partial(refuse, future),
         )
         return future

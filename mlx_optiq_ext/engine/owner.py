@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_optiq_ext.engine.admission import may_join, no_room, reserved_tokens
+from mlx_optiq_ext.engine.admission import may_join, no_room
 from mlx_optiq_ext.engine.batch import Batch
+from mlx_optiq_ext.engine.budget import Budget
 from mlx_optiq_ext.engine.counters import Counters
 from mlx_optiq_ext.engine.fair_queue import FairQueue
 from mlx_optiq_ext.engine.job import Job
-from mlx_optiq_ext.engine.memory import server_head_room_nbytes
 from mlx_optiq_ext.engine.openings import Openings
 from mlx_optiq_ext.engine.prefix_cache import PrefixCache
 from mlx_optiq_ext.engine.residents import Residents
@@ -62,6 +62,7 @@ class Owner:
         self.counters = Counters()
         self.models = Residents(options, limit_nbytes, progress, self._closed)
         self.batches: dict[str, Batch] = {}
+        self.budget = Budget(limit_nbytes, self.models, self.batches, prefixes)
         self.openings = Openings(self.open)
         self.waiting: FairQueue[Job] = FairQueue()
         self._held: Counter[str] = Counter()
@@ -117,11 +118,6 @@ class Owner:
             raise Overloaded(f"{name} is answering requests; unload it when they are done", retry_after_s=5)
         self.models.close(name)
 
-    @property
-    def rows_nbytes(self) -> int:
-        """Of all rows' caches."""
-        return sum(batch.nbytes for batch in self.batches.values())
-
     def _run(self) -> None:
         try:
             while not self._closing:
@@ -173,7 +169,7 @@ class Owner:
         while (job := self.waiting.take(lambda each: self._may_start(each, starving))) is not None:
             if (loaded := self.models.get(job.model)) is None:
                 job.fail(EngineError(f"{job.model} was unloaded", retry_after_s=1))
-            elif not self._make_room(loaded, self._batch(loaded), job):
+            elif not self.budget.make_room(loaded, self._batch(loaded), job):
                 job.fail(no_room(loaded, job))
             else:
                 self._start(self._batch(loaded), job)
@@ -186,7 +182,7 @@ class Owner:
         batch = self._batch(loaded)
         if len(batch.rows) >= self.options.max_rows or not may_join(batch, job, self.prefixes):
             return False
-        if not self._make_room(loaded, batch, job) and any(other.rows for other in self.batches.values()):
+        if not self.budget.make_room(loaded, batch, job) and self.budget.is_shared:
             starving.append(job)
             return False
         return True
@@ -202,23 +198,6 @@ class Owner:
             job.fail(error)
             self.counters.end(type(error).__name__, job.usage, time.monotonic() - job.created)
 
-    def _make_room(self, loaded: Loaded, batch: Batch, job: Job) -> bool:
-        """Whether the rows fit with one more, after prefixes gave way."""
-        lengths = [len(row.prompt) + reserved_tokens(row) for row in (*batch.rows.values(), job)]
-        others = sum(other.nbytes for other in self.batches.values() if other is not batch)
-        # Rows of a batch are padded to the longest of them.
-        needed = len(lengths) * loaded.sizes.nbytes(max(lengths)) + others
-        left = self._left()
-        if needed > left:
-            return False
-        self.prefixes.longest(batch.cache_key(job), job.prompt)  # what it will go on from goes last
-        self.prefixes.shrink_to(min(self.prefixes.limit_nbytes, left - needed))
-        return True
-
-    def _left(self) -> int:
-        """Bytes for rows and prefixes together."""
-        return self.limit_nbytes - server_head_room_nbytes(self.limit_nbytes) - self.models.weights_nbytes
-
     def _step(self, name: str) -> None:
         batch = self.batches[name]
         try:
@@ -228,7 +207,7 @@ class Owner:
             self._restart(name, batch, error)
         self._steps += 1
         if self._steps % _MEMORY_EVERY == 0:
-            self._watch_memory()
+            self.budget.watch()
 
     def _restart(self, name: str, batch: Batch, error: Exception) -> None:
         """A new batch in place of one that failed.
@@ -244,21 +223,6 @@ class Owner:
         loaded = self.models.get(name)
         if loaded is not None:
             loaded.check()
-
-    def _watch_memory(self) -> None:
-        """Where rows outgrew what they had room for: prefixes give way, then the newest row."""
-        left = self._left() - self.rows_nbytes
-        if left >= self.prefixes.nbytes:
-            return
-        self.prefixes.shrink_to(max(0, left))
-        if left < 0:
-            running = (batch for batch in self.batches.values() if batch.rows)
-            max(running, key=lambda each: each.nbytes).fail_newest(
-                Overloaded(
-                    "the answers that run took all memory; this one ends, and can be asked for again",
-                    retry_after_s=_BUSY_RETRY_S,
-                )
-            )
 
     def _rest(self) -> None:
         """What waits for quiet: prefixes to disk, idle models out of memory."""

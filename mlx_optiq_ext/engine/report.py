@@ -39,7 +39,7 @@ def engine_status(
         memory_nbytes=mx.get_active_memory(),
         peak_memory_nbytes=mx.get_peak_memory(),
         weights_nbytes=owner.models.weights_nbytes,
-        kv_nbytes=owner.rows_nbytes,
+        kv_nbytes=owner.budget.rows_nbytes,
         kv_layers=_layers(owner),
         prefix_cache=owner.prefixes.status(),
         decode_tokens_per_s=counters.decoded.per_second(),

@@ -3,7 +3,7 @@
 Knows how one model is opened and nothing of requests. Called by ``owner`` on the owner thread.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from mlx_optiq_ext.allocate.size import format_nbytes
 from mlx_optiq_ext.engine.adapters import ModelAdapters
 from mlx_optiq_ext.engine.constrain import Constrainer
 from mlx_optiq_ext.engine.defaults import default_sampling
-from mlx_optiq_ext.engine.embed import embed_in_pieces
 from mlx_optiq_ext.engine.memory import CacheSizes, least_limit
 from mlx_optiq_ext.engine.prompt import Rendered, Renderer
 from mlx_optiq_ext.engine.prompt_size import longest_token, require_tokenizable
 from mlx_optiq_ext.engine.snapshot import forgets
 from mlx_optiq_ext.engine.stored_bits import stored_bpw
-from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, PromptTooLong, RequestError, ResourceError
+from mlx_optiq_ext.errors import EngineError, FingerprintMismatch, RequestError, ResourceError
 from mlx_optiq_ext.hub.fingerprint import fingerprint
 from mlx_optiq_ext.kv.build import build_caches, follow_weights
 from mlx_optiq_ext.kv.fold import rotated_blocks
@@ -35,7 +34,6 @@ from mlx_optiq_ext.models.tape import logits_of
 from mlx_optiq_ext.types.chat import Generation, Sampling
 from mlx_optiq_ext.types.kv import KVConfig
 from mlx_optiq_ext.types.model import ModelRef
-from mlx_optiq_ext.types.port import Embeddings
 from mlx_optiq_ext.types.progress import Progress, ProgressSink
 from mlx_optiq_ext.types.quant import ModelFingerprint
 from mlx_optiq_ext.types.serve import ServeOptions
@@ -105,6 +103,8 @@ class Loaded:
         self._longest_token = longest_token(tokenizer)
         self.defaults = default_sampling(Path(spec.ref.path), options)
         self.sizes = CacheSizes(model, self.fresh_caches)
+        self.plain_sizes = CacheSizes(model, lambda: make_prompt_cache(model))
+        """Of mlx-lm's caches, which embeddings are computed with."""
         self._weights_nbytes = sum(array.nbytes for _, array in named_arrays(model.parameters()))
         self.model_context = _model_context(config)
         self._most_context = min(options.context or self.model_context, self.model_context)
@@ -187,23 +187,6 @@ class Loaded:
         rendered = self.renderer.render(request)
         self.check_tokens(rendered.tokens, "prompt")
         return rendered
-
-    def embed(self, inputs: Sequence[str | Sequence[int]]) -> Generator[None, None, Embeddings]:
-        """One unit vector per text or tokens; a piece at a time.
-
-        Raises:
-            RequestError, PromptTooLong: An input is empty, unknown to the model or longer than its context.
-        """
-        rows = [self.tokenizer.encode(each) if isinstance(each, str) else each for each in inputs]
-        for index, tokens in enumerate(rows):
-            if len(tokens) > self.context:
-                raise PromptTooLong(len(tokens), self.context)
-            self.check_tokens(tokens, f"input[{index}]")
-        return self._embedded(rows)
-
-    def _embedded(self, rows: list[Sequence[int]]) -> Generator[None, None, Embeddings]:
-        vectors = yield from embed_in_pieces(self.model, rows)
-        return Embeddings(model=self.spec.name, vectors=vectors, prompt_tokens=sum(map(len, rows)))
 
     def describe(self) -> ServedModel:
         """What ``/v1/models`` says of it."""

@@ -286,6 +286,29 @@ def test_the_context_is_what_the_memory_holds(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_embeddings_are_counted_in_the_memory(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "long", max_position_embeddings=1 << 20)
+    engine = engine_on(spec_of(folder), memory="133MB")
+    try:
+        [model] = engine.status().models
+        long = _prompt(model.context - 600)
+        running = Asked(engine, greedy(_prompt(model.context // 2), 400))
+        running.until(TextDelta)
+        with pytest.raises(
+            Overloaded, match=r"these inputs take .* MB while they are computed, and .* are left"
+        ):
+            engine.embed("tiny", (long,)).result(60)
+        assert engine.embed("tiny", ((1, 2, 3),)).result(60).prompt_tokens == 3
+        running.cancel()
+        running.end()
+        embedded = engine.embed("tiny", (long,))
+        waited = Asked(engine, greedy(_prompt(model.context // 2), 2))
+        assert embedded.result(60).prompt_tokens == len(long)
+        assert not isinstance(waited.end()[-1], Failed), "it waits for the embeddings to end"
+    finally:
+        engine.close()
+
+
 def test_rows_wait_until_there_is_memory(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "long", max_position_embeddings=1 << 20)
     engine = engine_on(spec_of(folder), memory="140MB")
