@@ -150,6 +150,21 @@ def test_fused_weights_keep_the_storage_of_the_base(label: str) -> None:
             assert mx.any(fused_weight(module, none, 1.0) != fused_weight(old, none, 1.0)).item()
 
 
+@pytest.mark.parametrize("label", ["3g64", "4g64", "6g64", "8g64"])
+def test_fused_weights_in_the_base_s_bits_are_the_adapted_ones_within_a_step(label: str) -> None:
+    model, plain = quantized_model(label), quantized_model(label)
+    adapter = adapter_on(model, uneven(model))
+    for path, module in fuse_modules(plain, adapter, store="same").items():
+        factors = adapter.factors[path]
+        wanted = fused_weight(get_module(plain, path), factors, adapter.config.scale_of(path))
+        nothing = factors._replace(b=mx.zeros_like(factors.b))
+        error = np.abs(np.array(fused_weight(module, nothing, 1.0) - wanted))
+        # A code is off by half a step; the step itself is moved a little to have zero or the edge exactly.
+        step = np.repeat(np.abs(np.array(module.scales.astype(mx.float32))), 64, axis=-1)
+        assert (error <= step + 1e-6).all()
+        assert error.mean() < 0.3 * step.mean()  # 0.25 where errors are even
+
+
 def _columns(model: nn.Module, path: str) -> int:
     target = next(t for t in list_targets(model) if t.path == path)
     return target.outputs if target.kind == "embedding" else target.inputs
