@@ -52,6 +52,8 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
     """Below the folder."""
     variable: str = ""
     """Environment variable that names another folder."""
+    file_variable: str = ""
+    """Environment variable that names the file itself; it goes before the folder's."""
     others: tuple[str, ...] = ()
     """Names of files that go before it in the client, where there is one."""
     format: Format
@@ -65,8 +67,11 @@ class ConfigFile(msgspec.Struct, frozen=True, kw_only=True):
             home: Stands for ``~``.
         """
         given = environ.get(self.variable, "") if self.variable else ""
-        folder = given or self.folder
+        itself = environ.get(self.file_variable, "") if self.file_variable else ""
+        folder = itself or given or self.folder
         place = home / folder[2:] if folder == "~" or folder.startswith("~/") else Path(folder)
+        if itself:
+            return place
         return next((place / name for name in self.others if (place / name).exists()), place / self.name)
 
 

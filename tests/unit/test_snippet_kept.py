@@ -216,3 +216,6 @@ def test_a_variable_that_names_a_folder_goes_before_home(tmp_path: Path) -> None
     file = ConfigFile(folder="~/.a", variable="A_HOME", name="b", format="json", settings=OURS)
     assert file.locate({"A_HOME": ""}, tmp_path) == tmp_path / ".a" / "b"
     assert file.locate({"A_HOME": "~/c"}, tmp_path) == tmp_path / "c" / "b"
+    itself = replace(file, file_variable="A_FILE")
+    assert itself.locate({"A_HOME": "~/c", "A_FILE": "~/d.json"}, tmp_path) == tmp_path / "d.json"
+    assert itself.locate({"A_HOME": "~/c", "A_FILE": ""}, tmp_path) == tmp_path / "c" / "b"

@@ -206,6 +206,10 @@ class LabApp(App[None]):
             self._leave,
         )
 
+    def action_help_quit(self) -> None:
+        """Ctrl+C: copying is meant in most terminals."""
+        self.notify("Ctrl+Q leaves the dashboard")
+
     def _leave(self, agreed: bool | None) -> None:
         if agreed:
             self.exit()

@@ -23,6 +23,8 @@ __all__ = ["DEFAULT_URL", "Adapters", "Lost", "ServerClient"]
 T = TypeVar("T")
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_SAYS_NOTHING = "All connection attempts failed"
+"""As httpx words it where nobody listens; it would only make the message longer."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CONNECT_S = 5.0
 _SILENCE_S = 15.0
@@ -72,7 +74,7 @@ class ServerClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             transport=transport,
-            headers={"authorization": f"Bearer {key}"} if key else {},
+            headers={"user-agent": "optiq-lab", **({"authorization": f"Bearer {key}"} if key else {})},
             timeout=httpx.Timeout(_WORK_S, connect=_CONNECT_S),
             # A proxy of the environment cannot reach a server on this machine.
             trust_env=httpx.URL(self.url).host not in _LOOPBACK,
@@ -204,6 +206,8 @@ class ServerClient:
         if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
             return EngineError(f"the server at {self.url} went away in the middle of an answer")
         why = str(error) or type(error).__name__
+        if why == _SAYS_NOTHING:
+            return EngineError(f"no optiq server answers at {self.url}")
         return EngineError(f"no optiq server answers at {self.url} ({why})")
 
     def _refusal(self, answer: httpx.Response) -> RequestError:

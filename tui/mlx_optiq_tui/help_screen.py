@@ -42,7 +42,8 @@ def shown_bindings(screen: Screen[Any]) -> list[ActiveBinding]:
     """
     seen: dict[tuple[int, str], ActiveBinding] = {}
     for active in screen.active_bindings.values():
-        is_ours = not type(active.node).__module__.startswith("textual.")
+        kind = type(active.node)
+        is_ours = not kind.__module__.startswith("textual.") and "BINDINGS" in vars(kind)
         if is_ours and active.enabled and active.binding.description and not active.binding.system:
             seen.setdefault((id(active.node), active.binding.action), active)
     return list(seen.values())

@@ -39,6 +39,7 @@ def _files(facts: ClientFacts) -> tuple[ConfigFile, ...]:
         ConfigFile(
             folder="~/.openclaw",
             variable="OPENCLAW_STATE_DIR",
+            file_variable="OPENCLAW_CONFIG_PATH",
             name="openclaw.json",
             format="json",
             settings=_settings(facts),

@@ -236,6 +236,13 @@ Mounting and unmounting disturb no answer that is running."""
         self.notify(message.words, severity="error" if message.failed else "information")
         self._list_available()
 
+    def action_blur(self) -> None:
+        """Leave a field; the table keeps the focus, for the keys are about its rows."""
+        if self.query_one(TabbedContent).active == "list":
+            self.action_table()
+        else:
+            super().action_blur()
+
     def action_compare(self) -> None:
         """Write one prompt for two adapters."""
         self.query_one(TabbedContent).active = "compare"

@@ -32,7 +32,9 @@ class LogPanel(Vertical):
 
     def compose(self) -> ComposeResult:
         """Filter and lines."""
-        yield Input(placeholder="filter: words that a line must have; error, warning, …", id="filter")
+        yield Input(
+            placeholder="filter: words that a line must have; error, warning, …", id="filter", compact=True
+        )
         yield RichLog(max_lines=_KEPT, wrap=True)
 
     def add(self, line: LogLine) -> None:
@@ -53,9 +55,11 @@ class LogPanel(Vertical):
     def _refill(self) -> None:
         words = self.query_one(Input).value
         self.query_one(RichLog).clear()
-        for line in self._lines:
-            if matches(line, words):
-                self._write(line)
+        shown = [line for line in self._lines if matches(line, words)]
+        for line in shown:
+            self._write(line)
+        if self._lines and not shown:
+            self.query_one(RichLog).write(Text(f"no line has {words!r}", "dim"))
 
     def _write(self, line: LogLine) -> None:
         log = self.query_one(RichLog)
