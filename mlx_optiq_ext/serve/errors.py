@@ -26,6 +26,7 @@ __all__ = [
     "problem_of",
     "problem_response",
     "retry_headers",
+    "with_allow",
 ]
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def problem_handler(body_of: BodyOf, statuses: Mapping[int, int] | None = None) 
     """
 
     def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
-        return problem_response(noted_problem(request, error), body_of, statuses)
+        return with_allow(problem_response(noted_problem(request, error), body_of, statuses), error)
 
     return handle
 
@@ -101,6 +102,16 @@ def problem_response(
         media_type="application/json",
         headers=retry_headers(problem),
     )
+
+
+def with_allow(response: Response[Any], error: Exception) -> Response[Any]:
+    """The answer, with the methods that its path takes where the error is that this one is none.
+
+    Source: RFC 9110, section 15.5.6.
+    """
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        response.headers.update(error.headers or {})
+    return response
 
 
 def retry_headers(problem: Failed) -> dict[str, str]:

@@ -46,6 +46,17 @@ def test_unknown_paths_and_methods_are_answered_in_anthropic_shape(path: str, st
     assert answered.json()["type"] == "error"
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/v1/models", "GET, OPTIONS"), ("/v1/messages", "OPTIONS, POST"), ("/v1/responses", "OPTIONS, POST")],
+)
+def test_a_wrong_method_is_told_which_are_right(path: str, allowed: str) -> None:
+    with client_of(FakeEngine()) as client:
+        answered = client.put(path)
+    assert answered.status_code == 405
+    assert ", ".join(sorted(answered.headers["allow"].split(", "))) == allowed
+
+
 def test_start_page_is_cheap_and_query_strings_are_ignored() -> None:
     with client_of(FakeEngine()) as client:
         assert client.head("/").status_code == 200

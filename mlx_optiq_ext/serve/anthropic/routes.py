@@ -12,7 +12,7 @@ from mlx_optiq_ext.serve.anthropic.from_events import MessageStream
 from mlx_optiq_ext.serve.anthropic.schema import CountTokensRequest, MessagesRequest
 from mlx_optiq_ext.serve.anthropic.to_generation import session_of, to_generation
 from mlx_optiq_ext.serve.body import decode_body
-from mlx_optiq_ext.serve.errors import noted_problem, problem_response
+from mlx_optiq_ext.serve.errors import noted_problem, problem_response, with_allow
 from mlx_optiq_ext.serve.serving import serving_of
 from mlx_optiq_ext.serve.sse import StreamCollector, answer_whole, stream_answer, until_left
 from mlx_optiq_ext.types.chat import Generation
@@ -23,7 +23,8 @@ __all__ = ["answer_problem", "router"]
 def answer_problem(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Answer with an error in this dialect's shape, its id in the body and in the header."""
     name = Account.of(request.scope).id
-    return problem_response(noted_problem(request, error), lambda problem: error_body(problem, name))
+    response = problem_response(noted_problem(request, error), lambda problem: error_body(problem, name))
+    return with_allow(response, error)
 
 
 @post("/v1/messages", status_code=200)
