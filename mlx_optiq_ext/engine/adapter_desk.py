@@ -42,7 +42,7 @@ class AdapterDesk:
         self._changed = changed
         self._folders = [Path(folder).expanduser().resolve() for folder in folders]
         self._wanted: dict[str, dict[str, tuple[Path, str]]] = {
-            model: {name: (_given_folder(name, source), source) for name, source in adapters.items()}
+            model: {name: _given(name, source) for name, source in adapters.items()}
             for model, adapters in given.items()
         }
 
@@ -50,7 +50,7 @@ class AdapterDesk:
         """Mount what the model should have and has not; on the owner thread."""
         for name, (folder, source) in self._wanted.get(loaded.spec.name, {}).items():
             if name not in loaded.adapters.names:
-                loaded.adapters.add(name, folder, Path(source).name if folder == Path(source) else source)
+                loaded.adapters.add(name, folder, source)
 
     def mount(self, name: str, source: str, spec: ModelSpec) -> "Future[AdapterStatus]":
         """Find an adapter, on a thread of its own, and mount it."""
@@ -153,12 +153,13 @@ def parse_adapters(words: Iterable[str], models: Iterable[str]) -> dict[str, dic
     return found
 
 
-def _given_folder(name: str, source: str) -> Path:
-    folder = Path(source).expanduser()
+def _given(name: str, source: str) -> tuple[Path, str]:
+    """The folder of an adapter, and what may be shown of where it is."""
+    folder = Path(source).expanduser().resolve()
     if folder.is_dir():
-        return folder.resolve()
+        return folder, folder.name
     if is_hub_id(source):
-        return fetch_adapter(source)
+        return fetch_adapter(source), source
     raise AdapterError(f"--adapter {name}={source}: no such folder, and no Hub id ORGANISATION/NAME")
 
 

@@ -209,6 +209,8 @@ def test_escape_stops_and_keeps_what_was_said() -> None:
         assert chat.text == "x"
         await pilot.press("escape")
         await chat.answered(pilot)
+        await pilot.press("escape")  # Too late for the answer: the field is not left.
+        assert chat.screen.focused is not None
         assert [type(message) for message in chat.messages] == [UserMessage, AssistantMessage]
         assert (chat.messages[1].text, chat.messages[1].end) == ("The beginning", "stopped")
         await until(pilot, lambda: "stopped" in chat.shown)

@@ -82,6 +82,17 @@ def engine(folder: Path, shelf: Path) -> Iterator[LocalEngine]:
     running.close()
 
 
+def test_a_folder_is_shown_by_its_name_alone_however_it_was_given(
+    folder: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shelf.parent)
+    running = engine_on(spec_of(folder), adapter=(f"a={shelf.name}/a", f"b={shelf}/../{shelf.name}/b"))
+    try:
+        assert [each.source for each in running.status().adapters] == ["a", "b"]
+    finally:
+        running.close()
+
+
 def _started(events: list[Event]) -> Started:
     return next(event for event in events if isinstance(event, Started))
 

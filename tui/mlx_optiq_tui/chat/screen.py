@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import ClassVar
 
@@ -28,6 +29,9 @@ from mlx_optiq_tui.lab import lab_of
 __all__ = ["ChatScreen"]
 
 _log = logging.getLogger(__name__)
+
+_LATE_STOP_S = 0.5
+"""An Escape so soon after an answer ended was meant for it."""
 
 _EMPTY = (
     "Write below; Enter sends.\n\nCtrl+S chooses model, adapter, sampling and tools.\n"
@@ -71,6 +75,7 @@ Conversations are kept on this machine, each in a file of its own."""
     def __init__(self) -> None:
         super().__init__()
         self._answering: Worker[None] | None = None
+        self._ended = 0.0
 
     def compose_body(self) -> ComposeResult:
         """Title, transcript, question of a tool, message."""
@@ -188,7 +193,7 @@ Conversations are kept on this machine, each in a file of its own."""
             problem = f"{type(error).__name__}: {error}"
         finally:
             # Also where the answer was stopped, so nothing here waits.
-            self._answering = None
+            self._answering, self._ended = None, time.monotonic()
             was_cut = turn.cut(broke_off=bool(problem)) or bool(problem)
             if isinstance(turn.conversation.messages[-1], UserMessage):
                 if sent is not None:
@@ -255,7 +260,8 @@ Conversations are kept on this machine, each in a file of its own."""
             self.query_one(Composer).text = ""
             self.keep_draft()
             await self.draw_pictures()
-        else:
+        elif time.monotonic() - self._ended > _LATE_STOP_S:
+            # Else it was meant for the answer that ended just before.
             self.action_blur()
 
     def action_again(self) -> None:
