@@ -16,7 +16,7 @@ from support_serving import engine_on, spec_of, tiny_folder
 from support_training import CHAT_TEMPLATE
 from support_tui import NARROW, WIDE, demo_lab, lab_at, piloted, screen_text, until
 from textual.pilot import Pilot
-from textual.widgets import DataTable, Input, Static, TextArea
+from textual.widgets import DataTable, Input, Select, Static, TextArea
 
 from mlx_optiq_ext.lora.factors import Adapter, Factors
 from mlx_optiq_ext.lora.files import write_adapter
@@ -230,6 +230,24 @@ def test_a_long_list_is_shown_in_pages_and_each_of_its_rows_can_be_reached(folde
         await pilot.press("delete", "[")
         assert data.here == 2000
         assert len(data.rows) == 4501
+
+    piloted(lab_at(NOBODY, "finetune"), script)
+
+
+def test_the_first_file_says_by_which_method_its_rows_are_read(folder: Path) -> None:
+    pairs = [{"prompt": f"{index}?", "chosen": "yes", "rejected": "no"} for index in range(3)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+
+    async def script(pilot: Pilot[Any], app: LabApp) -> None:
+        screen = screen_of(app)
+        data = screen.query_one(DataPane)
+        await pilot.press("i")
+        await until(pilot, lambda: screen.focused is screen.query_one("#path"))
+        screen.query_one("#path", Input).value = "pairs.jsonl"
+        await pilot.press("enter")
+        await until(pilot, lambda: len(data.rows) == 3)
+        await until(pilot, lambda: "3 rows, nothing wrong" in text_of(screen, "#problems"))
+        assert data.method == screen.query_one("#method", Select).value == "dpo"
 
     piloted(lab_at(NOBODY, "finetune"), script)
 

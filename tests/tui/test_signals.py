@@ -34,7 +34,7 @@ sys.exit(main(["tui", "--demo"]))
 _JOB = """#!/bin/sh
 echo $$ > '{pid}'
 trap 'echo saved > "{saved}"; exit 143' TERM
-while true; do sleep 0.05; done
+for _ in $(seq 1200); do sleep 0.05; done
 """
 _LEFT_ALTERNATE_SCREEN = b"\x1b[?1049l"
 
@@ -76,6 +76,30 @@ def test_a_signal_stops_the_jobs_and_gives_the_terminal_back(
     assert termios.tcgetattr(ours) == before
     os.close(terminal)
     os.close(ours)
+
+
+def test_a_terminal_that_is_closed_ends_the_dashboard_and_its_jobs(tmp_path: Path) -> None:
+    pid, saved, program = tmp_path / "pid", tmp_path / "saved", tmp_path / "program"
+    program.write_text(_JOB.format(pid=pid, saved=saved))
+    program.chmod(0o755)
+    terminal, ours = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 80))
+    process = subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, str(program)],
+        preexec_fn=lambda: os.login_tty(ours),  # its controlling terminal: closing that is a hangup
+        env={**os.environ, "TERM": "xterm-256color", "XDG_DATA_HOME": str(tmp_path)},
+    )
+    os.close(ours)
+    try:
+        _read_until(terminal, pid.is_file)
+        os.close(terminal)
+        assert process.wait(_PATIENCE_S) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    deadline = time.monotonic() + _PATIENCE_S
+    while not saved.is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_terminal_without_a_size_is_refused_in_words() -> None:

@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
 import signal
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -36,6 +38,10 @@ from mlx_optiq_tui.themes import DEFAULT_THEME, THEMES, Inks
 
 __all__ = ["LabApp"]
 
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_LAST_S = 10.0
+"""From a signal to the end, whatever hangs; jobs save on their own."""
+
 
 class LabApp(App[None]):
     """The dashboard.
@@ -53,7 +59,7 @@ class LabApp(App[None]):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("question_mark,f9", "help", "Help", key_display="F9"),
-        Binding("ctrl+q", "quit", "Quit", show=False),
+        Binding("ctrl+q", "quit", "Quit", show=False, priority=True),
         Binding("ctrl+t", "change_theme", "Theme", show=False),
     ]
 
@@ -81,6 +87,7 @@ class LabApp(App[None]):
         self.entries = installed_screens()
         self.history = History()
         self._control_filter = ControlFilter()
+        self._handlers: dict[signal.Signals, Any] = {}
         self._first = first or self.entries[0].name
         for theme in THEMES:
             self.register_theme(theme)
@@ -93,10 +100,7 @@ class LabApp(App[None]):
     async def on_mount(self) -> None:
         """Open the first screen and follow the server."""
         self.theme = DEFAULT_THEME
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # Not in a thread that cannot be told: then whoever runs the app ends it.
-            with contextlib.suppress(ValueError, RuntimeError):
-                asyncio.get_running_loop().add_signal_handler(number, self._told_to_end, number)
+        self._catch_signals()
         await self.switch_mode(self._first)
         self._follow_server()
 
@@ -104,10 +108,29 @@ class LabApp(App[None]):
         """Leave nothing behind: jobs stop where they can go on from."""
         await self.jobs.close()
         await self.client.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
-    def _told_to_end(self, number: signal.Signals) -> None:
-        """Leave by a signal, unasked; jobs stop as on quitting."""
-        self.exit(return_code=128 + number)
+    def _catch_signals(self) -> None:
+        """Leave by SIGTERM and where the terminal is closed, even if that takes nothing any more."""
+        loop, told = asyncio.get_running_loop(), False
+
+        def told_to_end(number: int, _frame: object) -> None:
+            nonlocal told
+            if told:
+                os._exit(128 + number)
+            told = True
+            for job in self.jobs.running:
+                job.stop()
+            last = threading.Timer(_LAST_S, os._exit, (128 + number,))
+            last.daemon = True
+            last.start()
+            loop.call_soon_threadsafe(self.exit, None, 128 + number)
+
+        # Python's own handlers, for a loop that waits for a dead terminal runs none of its.
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._handlers[number] = signal.signal(number, told_to_end)
 
     @work(exclusive=True)
     async def _follow_server(self) -> None:
@@ -194,6 +217,8 @@ class LabApp(App[None]):
         """End the dashboard, after asking where jobs would be stopped."""
         if not self.jobs.running:
             self.exit()
+            return
+        if isinstance(self.screen, Question):
             return
         titles = "\n".join(f"  {job.title}" for job in self.jobs.running)
         self.push_screen(

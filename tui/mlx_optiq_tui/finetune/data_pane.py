@@ -189,8 +189,7 @@ class DataPane(Vertical):
 
     def page(self, step: int) -> None:
         """List the rows behind, or before."""
-        place = self._listed.start + step * _SHOWN_ROWS
-        if 0 <= place < len(self.rows):
+        if 0 <= (place := self._listed.start + step * _SHOWN_ROWS) < len(self.rows):
             self.draw(place)
 
     def list_problems(self) -> None:
@@ -234,6 +233,11 @@ class DataPane(Vertical):
 
     def _take(self, file: str, found: Imported) -> None:
         self._not_taken = found.problems
+        other: Method = "sft" if self.method == "dpo" else "dpo"
+        wrong = {method: len(self._checks.problems(found.rows, method)) for method in FORMS_OF}
+        if not self.rows and wrong[other] < wrong[self.method]:
+            self.method = other
+            self.query_one("#method", Select).value = other
         said = f"{count_words(len(found.rows))} from {file}"
         if found.problems:
             said += f", {lines_words(len(found.problems))} not taken (w)"
