@@ -247,7 +247,8 @@ class LabApp(App[None]):
         for job in self.jobs.running:
             yield SystemCommand(f"Stop {job.title}", "The same command later goes on from there", job.stop)
         for active in shown_bindings(screen):
-            if not active.binding.action.startswith("open("):
+            # Screens are there by name, and the theme is a command of Textual's.
+            if not active.binding.action.startswith(("open(", "change_theme")):
                 yield SystemCommand(
                     active.binding.description,
                     f"Key {self.get_key_display(active.binding)}",

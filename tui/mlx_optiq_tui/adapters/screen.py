@@ -197,6 +197,7 @@ Mounting and unmounting disturb no answer that is running."""
         """Ask, then take the adapter under the cursor away."""
         chosen = self._chosen()
         if not isinstance(chosen, AdapterStatus):
+            self._say_unmounted(chosen)
             return
 
         def answered(agreed: bool | None) -> None:
@@ -215,6 +216,11 @@ Mounting and unmounting disturb no answer that is running."""
         if isinstance(chosen, AdapterStatus):
             used = self.lab.client.use(chosen.name, chosen.model)
             self._switch(used, f"{chosen.name} answers where a request names no adapter")
+        else:
+            self._say_unmounted(chosen)
+
+    def _say_unmounted(self, source: str | None) -> None:
+        self.notify(f"{source} is not mounted: m mounts it" if source else "no adapter is mounted")
 
     def action_use_base(self) -> None:
         """Let the model itself answer where a request names none."""

@@ -195,7 +195,7 @@ beside it; `z` brings that back. A key is hidden here and is in what is copied."
             self.notify(str(error), severity="error")
             return
         kept = f"; what was there is in {backup}" if backup else ""
-        self.notify(f"{change.path} is written{kept}")
+        self.notify(f"{change.path} is {'written' if change.after is not None else 'removed'}{kept}")
 
 
 def _lately(clients: tuple[ClientStatus, ...]) -> Text:
