@@ -54,6 +54,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ConversationStore:
     return ConversationStore(folder)
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of a script are not hasty."""
+    monkeypatch.setattr(consent_box, "_HASTY_S", 0.0)
+
+
 class Chat:
     """The open chat screen."""
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -189,7 +190,7 @@ def test_far_too_much_text_is_refused_before_it_is_tokenized(
 ) -> None:
     loaded = engine._owner.models.get("tiny")
     assert loaded is not None
-    monkeypatch.setattr(loaded, "renderer", None)
+    monkeypatch.setattr(loaded, "renderer", SimpleNamespace(thinks=False))  # cannot render
     [refused] = ask(engine, greedy("word " * 1_000_000, 1))
     assert isinstance(refused, Failed)
     assert (refused.kind, refused.status, refused.limit) == ("PromptTooLong", 400, 2048)
