@@ -8,12 +8,13 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Grid, Horizontal, Vertical
 from textual.screen import ModalScreen
-from textual.widgets import Button, Checkbox, Input, Label, Select, Static, TextArea
+from textual.widgets import Button, Input, Label, Select, Static, TextArea
 
 from mlx_optiq_ext.errors import UsageError
 from mlx_optiq_ext.types.status import EngineStatus
 from mlx_optiq_tui.chat.conversation import EFFORTS, ChatSettings, Effort
 from mlx_optiq_tui.chat.tools import TOOLS
+from mlx_optiq_tui.widgets.tick import Tick
 
 __all__ = ["SettingsForm", "parse_number", "settings_words"]
 
@@ -77,7 +78,7 @@ class SettingsForm(ModalScreen[ChatSettings | None]):
             with Horizontal(classes="row"):
                 yield Label("Tools  ")
                 for tool in TOOLS.values():
-                    yield _Tick(tool.title, tool.name in settings.tools, id=f"tool-{tool.name}", compact=True)
+                    yield Tick(tool.title, tool.name in settings.tools, id=f"tool-{tool.name}", compact=True)
             yield Static(id="wrong", markup=False)
             with Horizontal(classes="row"):
                 yield Button("Use (Ctrl+S)", id="done", variant="primary", compact=True)
@@ -107,27 +108,10 @@ class SettingsForm(ModalScreen[ChatSettings | None]):
                 adapter=str(self.query_one("#adapter", Select).value),
                 effort=msgspec.convert(self.query_one("#effort", Select).value, Effort),
                 system=self.query_one("#system", TextArea).text.strip(),
-                tools=tuple(name for name in TOOLS if self.query_one(f"#tool-{name}", _Tick).value),
+                tools=tuple(name for name in TOOLS if self.query_one(f"#tool-{name}", Tick).value),
                 **numbers,  # type: ignore[arg-type]
             )
         )
-
-
-class _Tick(Checkbox):
-    """A box that is seen to be ticked without colour."""
-
-    def on_mount(self) -> None:
-        """Draw the first tick."""
-        self._tick()
-
-    def watch_value(self) -> None:
-        """Draw the tick."""
-        self._tick()
-        super().watch_value()
-
-    def _tick(self) -> None:
-        self.BUTTON_INNER = "✓" if self.value else " "
-        self.refresh()
 
 
 def parse_number(name: str, text: str) -> int | float | None:
