@@ -64,7 +64,7 @@ class Errands(LabScreen):
         try:
             self.desk.keep_draft(self.prompt.text)
         except OptiqError as error:
-            self.notify(str(error), severity="warning", markup=False)
+            self.notify(str(error), severity="warning")
 
     async def switch(self, conversation: Conversation) -> None:
         """Go to another conversation, and to what was written there."""
@@ -113,7 +113,7 @@ class Errands(LabScreen):
             try:
                 await self._do(chosen)
             except OptiqError as error:
-                self.notify(str(error), severity="error", markup=False)
+                self.notify(str(error), severity="error")
             if chosen.deed == "open":
                 return
 
@@ -139,7 +139,7 @@ class Errands(LabScreen):
             file = await self.app.push_screen_wait(LineForm("Write as Markdown to", str(named)))
             if file:
                 written = await asyncio.to_thread(desk.store.export, conversation, Path(file))
-                self.notify(f"written: {written}", markup=False)
+                self.notify(f"written: {written}")
 
     async def _delete(self, id: str) -> None:
         text = "Delete this conversation, its pictures and the files of its tools?"
@@ -170,7 +170,7 @@ class Errands(LabScreen):
             )
             await asyncio.to_thread(self.desk.attach, picture)
         except OptiqError as error:
-            self.notify(str(error), severity="error", markup=False)
+            self.notify(str(error), severity="error")
         await self.draw_pictures()
 
     def on_prompt_pasted(self, message: Prompt.Pasted) -> None:

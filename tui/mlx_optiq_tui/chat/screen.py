@@ -232,7 +232,7 @@ Conversations are kept on this machine, each in a file of its own."""
                 view = None
                 calls.update({call.id: call for call in each.tool_calls})
                 if problem := self._keep(turn.conversation):
-                    self.notify(problem, severity="warning", timeout=15, markup=False)
+                    self.notify(problem, severity="warning", timeout=15)
 
     async def _consent(self, call: ToolUse) -> Decision:
         box, composer = self.query_one(ConsentBox), self.query_one(Composer)

@@ -4,11 +4,9 @@ Files appear complete or not at all. Knows no server and no widget; used by the 
 """
 
 import hashlib
-import os
 import re
 import secrets
 import shutil
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +27,7 @@ from mlx_optiq_tui.chat.conversation import (
     title_of,
 )
 from mlx_optiq_tui.chat.sandbox.usage import remove_folder
+from mlx_optiq_tui.user_folder import user_folder
 
 __all__ = ["ConversationChanged", "ConversationEntry", "ConversationStore", "data_folder"]
 
@@ -58,16 +57,8 @@ class ConversationEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def data_folder() -> Path:
-    """Where this user's conversations are kept.
-
-    Source: XDG Base Directory Specification; macOS File System Programming Guide.
-    """
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
-        named = os.environ.get("XDG_DATA_HOME", "")
-        base = Path(named) if Path(named).is_absolute() else Path.home() / ".local" / "share"
-    return base / "mlx-optiq-ext" / "conversations"
+    """Where this user's conversations are kept."""
+    return user_folder() / "conversations"
 
 
 class ConversationStore:

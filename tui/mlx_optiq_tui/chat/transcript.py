@@ -192,7 +192,7 @@ class AnswerView(Vertical):
         except ValueError:  # no address at all
             is_page = False
         if not is_page:
-            self.notify(plainest(event.href), title="Not opened: no page of the web", markup=False)
+            self.notify(plainest(event.href), title="Not opened: no page of the web")
         elif await self.app.push_screen_wait(Question(f"Open {plainest(event.href)} ?", yes="Open")):
             self.app.open_url(event.href)
 

@@ -5,6 +5,7 @@ Holds the rows; reads and writes files in threads.
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from textual import on, work
@@ -169,8 +170,7 @@ class DataPane(Vertical):
 
     def delete(self) -> None:
         """Delete the row under the cursor."""
-        place = self.here
-        if place is not None:
+        if (place := self.here) is not None:
             self._change([*self.rows[:place], *self.rows[place + 1 :]], min(place, len(self.rows) - 2))
 
     def clear(self) -> None:
@@ -178,7 +178,7 @@ class DataPane(Vertical):
 
         def answered(agreed: bool | None) -> None:
             if agreed:
-                self._not_taken = ()
+                self._not_taken, self._checks = (), Checks()
                 self._change([], None)
 
         if self.rows or self._not_taken:
@@ -228,13 +228,13 @@ class DataPane(Vertical):
             self.app.notify(str(error), severity="error")
             return
         # Looked at here already, for that takes long where there are many.
-        await asyncio.to_thread(self._checks.problems, imported.rows, self.method)
-        self._take(path.name, imported)
+        look, rows = self._checks.problems, imported.rows
+        wrong = {method: len(await asyncio.to_thread(look, rows, method)) for method in FORMS_OF}
+        self._take(path.name, imported, wrong)
 
-    def _take(self, file: str, found: Imported) -> None:
+    def _take(self, file: str, found: Imported, wrong: Mapping[Method, int]) -> None:
         self._not_taken = found.problems
         other: Method = "sft" if self.method == "dpo" else "dpo"
-        wrong = {method: len(self._checks.problems(found.rows, method)) for method in FORMS_OF}
         if not self.rows and wrong[other] < wrong[self.method]:
             self.method = other
             self.query_one("#method", Select).value = other

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from mlx_optiq_ext.formats.atomic import write_bytes_atomic
-from mlx_optiq_tui.chat.store import data_folder
 from mlx_optiq_tui.finetune.rows import Method, Row
+from mlx_optiq_tui.user_folder import user_folder
 
 __all__ = ["Draft", "draft_file", "forget_draft", "keep_draft", "read_draft"]
 
@@ -25,7 +25,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
 def draft_file() -> Path:
     """Where this user's draft is kept, beside the conversations."""
-    return data_folder().parent / "dataset-draft.json"
+    return user_folder() / "dataset-draft.json"
 
 
 def read_draft() -> Draft | None:

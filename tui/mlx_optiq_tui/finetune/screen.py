@@ -31,6 +31,7 @@ from mlx_optiq_tui.widgets.job_panel import JobPanel
 from mlx_optiq_tui.widgets.option_form import OptionForm
 from mlx_optiq_tui.widgets.rank_map import rank_words
 from mlx_optiq_tui.widgets.text_page import TextPage
+from mlx_optiq_tui.work import Work
 
 __all__ = ["FinetuneScreen"]
 
@@ -77,8 +78,6 @@ Long work goes on when this screen is left."""
     def __init__(self) -> None:
         super().__init__()
         self.course = Course()
-        self._steps: dict[int, str] = {}
-        """What each of our jobs is for, by its number."""
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def compose_body(self) -> ComposeResult:
@@ -94,6 +93,7 @@ Long work goes on when this screen is left."""
 
     def on_mount(self) -> None:
         """Show the recording, where there is nothing else to show."""
+        self._work = Work(self.lab.jobs, is_demo=self.lab.is_demo)
         self.query_one(TrainPane).fill("adapter", "adapter")
         self.query_one("#rows").focus()
         if not self.lab.is_demo:
@@ -161,26 +161,19 @@ Long work goes on when this screen is left."""
             words = train_words(
                 base, data, out, pane.flags if flags is None else flags, dry_run=step != "train"
             )
+            job = await self._work.start(step, f"{step.capitalize()} {Path(base).name}", words)
         except UsageError as error:
             self._refuse(str(error))
             return
-        if self.lab.is_demo:
-            self._refuse("this is a recording: nothing is run")
-            return
-        if any(job.number in self._steps for job in self.lab.jobs.running):
-            self._refuse("one job at a time: wait, or stop it (x)")
-            return
         if step == "train":
             self.course = Course()
-        job = await self.lab.jobs.start(f"{step.capitalize()} {Path(base).name}", words)
-        self._steps[job.number] = step
         if step != "preview":
             self.query_one(TabbedContent).active = "run-tab" if step == "train" else "train-tab"
         self.job_changed(job)
 
     def job_changed(self, job: Job) -> None:
         """Draw our jobs; take what came out of one that is done."""
-        step = self._steps.get(job.number)
+        step = self._work.step_of(job)
         if step is None:
             return
         self.query_one(JobPanel).show(job)
@@ -197,9 +190,7 @@ Long work goes on when this screen is left."""
 
     def action_stop(self) -> None:
         """Stop our job; it saves what it can go on from."""
-        for job in self.lab.jobs.running:
-            if job.number in self._steps:
-                job.stop()
+        self._work.stop()
 
     def action_mount(self) -> None:
         """Mount the adapter into the running server, under the name of its folder."""

@@ -28,8 +28,8 @@ from mlx_optiq_tui.quantize.model_facts import ModelFacts
 from mlx_optiq_tui.quantize.model_pane import ModelPane
 from mlx_optiq_tui.quantize.pictures import plan_line
 from mlx_optiq_tui.quantize.recorded import recorded_table
-from mlx_optiq_tui.quantize.work import Work
 from mlx_optiq_tui.widgets.job_panel import JobPanel
+from mlx_optiq_tui.work import Work
 
 __all__ = ["QuantizeScreen"]
 

@@ -1,6 +1,6 @@
-"""The jobs of the quantize screen: which of the dashboard's are ours and what each is for; one at a time.
+"""The jobs of one screen: which of the dashboard's are its own and what each is for; one at a time.
 
-Knows jobs and no widget. Called by the quantize screen.
+Knows jobs and no widget. Called by the quantize and the fine-tune screens.
 """
 
 from mlx_optiq_ext.errors import UsageError
